@@ -132,6 +132,10 @@ def test_import_cells(nb):
     assert not where(nb, mixed, lambda c: 'imports and other code in one exported cell')
     pure = [c for c in nb.exported if c.tree.body and all(map(is_import, c.tree.body))]
     assert len(pure)<=1, f'import cells {[c.i for c in pure]}: one is enough'
+    # nbdev runs every cell with an import when it renders the docs, and nothing else: such a cell must stand alone
+    run = [c for c in nb.code if not c.is_export and 'eval: false' not in c.flags and c is not nb.cells[-1]]
+    tied = [c for c in run if any(map(is_import, ast.walk(c.tree))) and not all(map(is_import, c.tree.body))]
+    assert not where(nb, tied, lambda c: 'an import beside other code: give the import a cell of its own')
     star = [c for c in nb.exported for o in ast.walk(c.tree) if isinstance(o, ast.ImportFrom) and any(a.name=='*' for a in o.names)]
     assert not where(nb, star, lambda c: 'star import in an exported cell')
 
@@ -176,7 +180,7 @@ def undocumented(name, f, returns=True):
     doc = docments(f, full=True)
     miss = [f'{name}({a.arg}): no docment' for a in given if not (doc.get(a.arg) or {}).get('docment')]
     miss += [f'{name}({a.arg}): no type' for a in given if a.annotation is None]
-    if returns and f.__annotations__.get('return', '')!='' and not doc['return']['docment']: miss.append(f'{name}: no docment on the return')
+    if returns and f.__annotations__.get('return') not in (None, 'None') and not doc['return']['docment']: miss.append(f'{name}: no docment on the return')
     if returns and 'return' not in f.__annotations__: miss.append(f'{name}: no type on the return')
     return miss
 
