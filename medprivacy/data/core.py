@@ -6,23 +6,24 @@
 __all__ = ['SPLITS', 'PARTS', 'COLUMNS', 'SEX_CODES', 'clean_sex', 'clean_age', 'Records', 'describe', 'read_table',
            'Predictions', 'make_predictions', 'concat_predictions', 'save_predictions', 'load_predictions']
 
-# %% ../../nbs/01_data.core.ipynb #6b0d378f
+# %% ../../nbs/01_data.core.ipynb #71475847
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import ConfigError, DataError, LeakageError, atomic_write
 
-# %% ../../nbs/01_data.core.ipynb #fdab4b14
+# %% ../../nbs/01_data.core.ipynb #17a9ae11
 SPLITS  = ('train', 'valid', 'test')
 PARTS   = ('defence', 'attack')
 COLUMNS = ('image_id', 'path', 'patient_id', 'study_id', 'sex', 'age', 'age_raw', 'view', 'laterality', 'device', 'split', 'part')
 SEX_CODES = {'m': 'M', 'male': 'M', 'f': 'F', 'female': 'F', 'unknown': None, 'u': None, 'o': None, 'other': None, '': None}
 
-# %% ../../nbs/01_data.core.ipynb #5dc842aa
+# %% ../../nbs/01_data.core.ipynb #0fa086d6
 def clean_sex(
     col:pd.Series,       # As read
     codes:dict=None,     # Text of a code (case-insensitive) → 'M', 'F' or None; default: M, F, Male, Female, Unknown
@@ -41,7 +42,7 @@ def _as_text(col):
     s = col.astype(object).where(col.notna(), '').astype(str).str.strip()
     return s.str.replace(r'^(-?\d+)\.0$', r'\1', regex=True)
 
-# %% ../../nbs/01_data.core.ipynb #f1ea5346
+# %% ../../nbs/01_data.core.ipynb #6d18ac77
 _DICOM_AGE = re.compile(r'^(\d{1,3})([YMWD])$')
 _TOPCODED  = re.compile(r'^(?:>=?\s*(\d+)|(\d+)\s*\+)$')
 _PER_YEAR  = {'Y': 1, 'M': 12, 'W': 365.25/7, 'D': 365.25}
@@ -53,7 +54,7 @@ def _age_years(text):
     try: return float(text), False
     except ValueError: return None, False
 
-# %% ../../nbs/01_data.core.ipynb #5181be39
+# %% ../../nbs/01_data.core.ipynb #b40595f7
 def clean_age(
     col:pd.Series,          # As read: numbers or text
     infants:bool=False,     # Keep ages of 0 and of less than a year
@@ -69,7 +70,7 @@ def clean_age(
     counts = dict(missing=int(age.isna().sum()), out_of_range=int(wrong.sum()), topcoded=int(top.sum()))
     return age.mask(wrong), top, counts
 
-# %% ../../nbs/01_data.core.ipynb #17531924
+# %% ../../nbs/01_data.core.ipynb #deeec1db
 @dataclass(frozen=True, repr=False)
 class Records:
     "One row per image: where it is, whose it is, and what is known of it"
@@ -90,7 +91,7 @@ class Records:
     def __len__(self): return len(self.df)
     def _with(self, df): return replace(self, df=df)
 
-# %% ../../nbs/01_data.core.ipynb #5d015804
+# %% ../../nbs/01_data.core.ipynb #08c8406c
 def _share(y):
     n = int(y.notna().sum())
     return f'{y.mean():.2f} of {n}' if n else 'unknown'
@@ -108,12 +109,13 @@ def describe(
     out |= {f'{c} images': ', '.join(f'{k} {v}' for k,v in df[c].value_counts().items()) for c in ('split', 'part') if df[c].notna().any()}
     return pd.Series(out | {l: _share(df[l]) for l in records.labels}, name=records.name or 'records')
 
-# %% ../../nbs/01_data.core.ipynb #5f62f052
-def _records_repr(self): return f'Records {self.name!r} in {self.root.name}\n' + describe(self).to_string()
-def _records_html(self): return describe(self).to_frame().to_html()
-Records.__repr__, Records._repr_html_ = _records_repr, _records_html
+# %% ../../nbs/01_data.core.ipynb #93a67c05
+@patch
+def __repr__(self:Records): return f'Records {self.name!r} in {self.root.name}\n' + describe(self).to_string()
+@patch
+def _repr_html_(self:Records): return describe(self).to_frame().to_html()
 
-# %% ../../nbs/01_data.core.ipynb #5758ea5d
+# %% ../../nbs/01_data.core.ipynb #f9c7ad89
 def _name_rows(df, mask, n=3):
     rows = df.index[np.asarray(mask)]
     return f'{len(rows)} row(s), e.g. ' + ', '.join(f'{df.image_id[i]!r} (row {i})' for i in rows[:n])
@@ -127,7 +129,7 @@ def _check_ids(df, name):
     out = df.path.map(lambda p: PurePosixPath(str(p)).is_absolute() or '..' in PurePosixPath(str(p)).parts)
     if out.any(): raise DataError(f'{name}: path leaves the root folder in {_name_rows(df, out)}; paths are relative and hold no ".."')
 
-# %% ../../nbs/01_data.core.ipynb #61e62d46
+# %% ../../nbs/01_data.core.ipynb #2ca0e517
 def _check_codes(df, labels, task, name):
     if not labels: raise ConfigError(f'{name}: no label given; name at least one label column')
     gone = [l for l in labels if l not in df]
@@ -142,7 +144,7 @@ def _check_codes(df, labels, task, name):
         bad = df[c].notna() & ~df[c].isin(known)
         if bad.any(): raise DataError(f'{name}: column {c!r} holds {sorted(set(df[c][bad]))[:5]} in {_name_rows(df, bad)}; known: {list(known)}')
 
-# %% ../../nbs/01_data.core.ipynb #f27d6f9b
+# %% ../../nbs/01_data.core.ipynb #e6c349b8
 def _check_patients(df, name):
     for c in ('split', 'part'):
         n = df[df[c].notna()].groupby('patient_id')[c].nunique()
@@ -157,9 +159,12 @@ def _check_files(df, root, name):
     if gone.any(): raise DataError(f'{name}: {int(gone.sum())} of {len(df)} images are not under {root}: {_name_rows(df, gone)}; '
                                    'check `root`, `folder` and `ext`')
 
-# %% ../../nbs/01_data.core.ipynb #f4242530
-def _validate(self, files:bool=True) -> Records:
-    "Raise `DataError` or `LeakageError` at the first fault; else return the records (`files=False` does not look for the images)"
+# %% ../../nbs/01_data.core.ipynb #c52a4e0b
+@patch
+def validate(self:Records,
+    files:bool=True,    # Also look for every image under the root
+) -> Records:           # The same records
+    "Raise `DataError` or `LeakageError` at the first fault"
     name = self.name or 'records'
     if self.task not in ('multilabel', 'multiclass'): raise ConfigError(f"{name}: task must be 'multilabel' or 'multiclass', got {self.task!r}")
     if self.task == 'multiclass' and len(self.labels) != 1: raise ConfigError(f'{name}: a multiclass task has one label column, got {list(self.labels)}')
@@ -170,10 +175,10 @@ def _validate(self, files:bool=True) -> Records:
     if self.patient_known: _check_patients(self.df, name)
     if files: _check_files(self.df, self.root, name)
     return self
-Records.validate = _validate
 
-# %% ../../nbs/01_data.core.ipynb #9fc3e2ce
-def _select(self, *,
+# %% ../../nbs/01_data.core.ipynb #763f59ea
+@patch
+def select(self:Records, *,
     split:str|tuple=None,     # One of `SPLITS`, or several
     part:str=None,            # One of `PARTS`; rows without a part belong to both
     where=None,               # Boolean per row, or a function of the table that gives it
@@ -189,10 +194,10 @@ def _select(self, *,
         keep &= (self.df.part.isna() | (self.df.part == part)).to_numpy()
     if where is not None: keep &= np.asarray(where(self.df) if callable(where) else where, bool)
     return self._with(self.df[keep])
-Records.select = _select
 
-# %% ../../nbs/01_data.core.ipynb #3efd4f5a
-def _with_split(self,
+# %% ../../nbs/01_data.core.ipynb #761f57fd
+@patch
+def with_split(self:Records,
     split:pd.Series,         # 'train', 'valid', 'test' or null, one per row
     part:pd.Series=None,     # 'defence', 'attack' or null, one per row; None keeps what is there
 ) -> Records:                # The same rows with new columns
@@ -201,9 +206,8 @@ def _with_split(self,
     for k,v in new.items():
         if len(v) != len(self): raise ConfigError(f'{k} has {len(v)} values for {len(self)} rows')
     return self._with(self.df.assign(**new))
-Records.with_split = _with_split
 
-# %% ../../nbs/01_data.core.ipynb #45a279ea
+# %% ../../nbs/01_data.core.ipynb #cd15c833
 def _read_csv(csv):
     try: df = pd.read_csv(csv, encoding='utf-8-sig', dtype=object, keep_default_na=True)
     except FileNotFoundError as e: raise DataError(f'{csv} does not exist; give the path of the label table') from e
@@ -218,7 +222,7 @@ def _number(col, label, csv):
         bad = sorted(set(col[pd.to_numeric(col, errors='coerce').isna() & col.notna()]))[:5]
         raise DataError(f'{csv}: label {label!r} holds {bad}; labels are numbers: 1, 0 or blank') from e
 
-# %% ../../nbs/01_data.core.ipynb #7025019c
+# %% ../../nbs/01_data.core.ipynb #462a1c64
 def read_table(
     csv:str|Path,               # The table, UTF-8, one row per image
     root:str|Path,              # Folder to which image paths are relative
@@ -256,7 +260,7 @@ def read_table(
     for l in labels: df[l] = _number(raw[l], l, csv).astype(float)
     return Records(df, root, labels, task, name, patient_known=patient is not None).validate()
 
-# %% ../../nbs/01_data.core.ipynb #575dc5c9
+# %% ../../nbs/01_data.core.ipynb #b4dcb3fe
 _ABOUT = ['image_id', 'patient_id', 'split', 'sex', 'age', 'view', 'device']
 
 @dataclass(frozen=True)
@@ -275,7 +279,7 @@ class Predictions:
         if gone: raise DataError(f'predictions lack column(s) {gone}; found {list(self.df.columns)}')
     def __len__(self): return len(self.df)
 
-# %% ../../nbs/01_data.core.ipynb #3505f2b6
+# %% ../../nbs/01_data.core.ipynb #7fa55173
 def make_predictions(
     records:Records,           # The images that were scored, in order
     y:np.ndarray,              # Truth (n, L) float; NaN = unknown
@@ -295,7 +299,7 @@ def make_predictions(
     df = pd.concat([df, pd.DataFrame(y, columns=[f'y_{l}' for l in labels]), pd.DataFrame(score, columns=names)], axis=1)
     return Predictions(df.assign(model=model, run=run), labels, task, history)
 
-# %% ../../nbs/01_data.core.ipynb #ad9af0fd
+# %% ../../nbs/01_data.core.ipynb #43f213d4
 def concat_predictions(
     preds:list,       # Several `Predictions` of the same targets
 ) -> Predictions:     # All rows, and all learning curves
@@ -306,7 +310,7 @@ def concat_predictions(
     return Predictions(pd.concat([p.df for p in preds], ignore_index=True), preds[0].labels, preds[0].task,
                        pd.concat(hist, ignore_index=True) if hist else None)
 
-# %% ../../nbs/01_data.core.ipynb #c7090cd4
+# %% ../../nbs/01_data.core.ipynb #76ad5181
 def save_predictions(
     preds:Predictions,     # To be stored
     path:str|Path,         # Ends in .parquet or .csv
