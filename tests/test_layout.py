@@ -7,7 +7,9 @@ import importlib
 import inspect
 import json
 import re
+import shutil
 import subprocess
+import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -292,6 +294,17 @@ def test_top_level():
     assert not TOP_LEVEL-have, 'missing at the top level'
 
 
+def test_export_and_clean_change_nothing(tmp_path):
+    "In a copy of the sources: what is stored is what `nbdev_export` and `nbdev_clean` would write"
+    for name in ('nbs', LIB): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__', '.*'))
+    for name in ('settings.ini', 'pyproject.toml'): shutil.copy(ROOT/name, tmp_path/name)
+    for cmd in ('nbdev_export', 'nbdev_clean'):
+        subprocess.run([Path(sys.executable).with_name(cmd)], cwd=tmp_path, check=True, capture_output=True)
+    made = {p.relative_to(tmp_path) for p in tmp_path.rglob('*') if p.is_file() and p.suffix in ('.py', '.ipynb', '.toml')}
+    diff = [str(p) for p in sorted(made) if not (ROOT/p).exists() or (ROOT/p).read_bytes()!=(tmp_path/p).read_bytes()]
+    assert not diff, 'run `nbdev_export` and `nbdev_clean`, then commit'
+
+
 def test_every_module_has_its_notebook():
     mods = {p.relative_to(ROOT/LIB).with_suffix('').as_posix().replace('/', '.') for p in (ROOT/LIB).rglob('*.py') if p.stem not in ('__init__', '_modidx')}
     assert mods=={n.module for n in exporting()}
@@ -309,7 +322,7 @@ def test_tests_mirror_modules():
 
 def test_readme_is_the_index():
     from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location('build_site', NBS/'build_site.py')
+    spec = spec_from_file_location('_render', NBS/'_render.py')
     site = module_from_spec(spec); spec.loader.exec_module(site)
     assert (ROOT/'README.md').read_text(encoding='utf-8')==site.readme_text(), 'run `make README.md`'
 
