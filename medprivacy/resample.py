@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Interval', 'Units', 'units_of', 'resample_counts', 'unit_sums', 'bootstrap_sums', 'interval', 'two_sided_p', 'holm']
 
-# %% ../nbs/49_resample.ipynb #6c984825
+# %% ../nbs/49_resample.ipynb #6d6c774c
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from scipy.stats import norm
 
 from .core import ConfigError, DataError
 
-# %% ../nbs/49_resample.ipynb #feca37a9
+# %% ../nbs/49_resample.ipynb #899eedbe
 @dataclass(frozen=True)
 class Interval:
     "A value with its interval, the number of resampled units and what the unit is"
@@ -28,7 +28,7 @@ class Interval:
     def __str__(self): return f'{self.value:.3f} [{self.lo:.3f}, {self.hi:.3f}]'
     def __contains__(self, x): return bool(self.lo <= x <= self.hi)
 
-# %% ../nbs/49_resample.ipynb #ec383bb1
+# %% ../nbs/49_resample.ipynb #cc21658c
 @dataclass(frozen=True)
 class Units:
     "Which unit each row belongs to"
@@ -38,18 +38,19 @@ class Units:
 
 def units_of(
     n:int,              # Number of rows
-    patient=None,       # (n,) patient ids of any type, none missing; None: every row (image) is its own unit
+    patient:object=None,  # (n,) patient ids of any type, none missing; None: every row (image) is its own unit
 ) -> Units:             # Codes of the rows, number of units and their name
     "Number the units that will be resampled"
     if patient is None: return Units(np.arange(n), n, 'image')
     ids = pd.Series(np.asarray(patient, dtype=object).ravel())
     if len(ids) != n: raise DataError(f'patient has {len(ids)} entries for {n} rows; give one id per row')
     if ids.isna().any():
-        raise DataError(f'patient is missing in {int(ids.isna().sum())} of {n} rows; fill the ids, or pass patient=None to resample images')
+        raise DataError(f'patient is missing in {int(ids.isna().sum())} of {n} rows; fill the ids, '
+                        'or pass patient=None to resample images')
     codes, found = pd.factorize(ids.astype(str).to_numpy(), sort=True)
     return Units(codes, len(found), 'patient')
 
-# %% ../nbs/49_resample.ipynb #4cfb7a0e
+# %% ../nbs/49_resample.ipynb #40343376
 def resample_counts(
     m:int,                  # Number of units
     n_boot:int=1000,        # Number of resamples
@@ -66,7 +67,7 @@ def resample_counts(
         idx = rng.integers(0, m, size=(b, m), dtype=np.uint32).astype(np.int64) + np.arange(b)[:,None]*m
         yield np.ascontiguousarray(np.bincount(idx.ravel(), minlength=b*m).reshape(b, m).T, dtype=np.float32)
 
-# %% ../nbs/49_resample.ipynb #9d68f460
+# %% ../nbs/49_resample.ipynb #3dded84e
 def unit_sums(
     x:np.ndarray,       # (n,) or (n,K) values per row; NaN counts as zero
     units:Units,        # The unit of each row
@@ -85,7 +86,7 @@ def bootstrap_sums(
     sums = unit_sums(x, units)
     return np.concatenate([w.T.astype(np.float64) @ sums for w in resample_counts(units.m, n_boot, seed)])
 
-# %% ../nbs/49_resample.ipynb #16bc297d
+# %% ../nbs/49_resample.ipynb #1392be5a
 def _bca_probs(value, draws, influence, probs):
     "Quantile levels corrected for bias and acceleration"
     b  = len(draws)
@@ -118,7 +119,7 @@ def interval(
     if undef.any(): note = '; '.join(filter(None, [note, f'undefined in {undef.sum()} of {len(draws)} resamples']))
     return Interval(value, *map(float, np.quantile(ok, probs)), n, unit, note)
 
-# %% ../nbs/49_resample.ipynb #575b1fbc
+# %% ../nbs/49_resample.ipynb #ed585991
 def two_sided_p(
     draws:np.ndarray,   # (n_boot,) or (n_boot,K) differences in each resample; NaN is left out
 ) -> np.ndarray:        # () or (K,) p-values in (0,1]; NaN where no draw exists

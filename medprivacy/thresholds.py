@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['CONFUSION', 'check_scores', 'youden_threshold', 'sensitivity_threshold', 'rate_threshold', 'confusion', 'rates']
 
-# %% ../nbs/49a_thresholds.ipynb #ac6db768
+# %% ../nbs/49a_thresholds.ipynb #f90a946f
 import numpy as np
 from sklearn.metrics import roc_curve
 
 from .core import ConfigError, DataError
 
-# %% ../nbs/49a_thresholds.ipynb #fe7629cc
+# %% ../nbs/49a_thresholds.ipynb #da6c33c4
 def check_scores(
-    y,          # (n,) or (n,L) labels 0, 1 or NaN (unknown, masked)
-    score,      # Same shape: scores, higher = more positive; finite wherever y is known
+    y:np.ndarray, # (n,) or (n,L) labels 0, 1 or NaN (unknown, masked)
+    score:np.ndarray, # Same shape: scores, higher = more positive; finite wherever y is known
 ) -> tuple:     # y and score as float64 (n,L)
     "Bring labels and scores into one shape, or say what is wrong with them"
     y, score = np.asarray(y, dtype=np.float64), np.asarray(score, dtype=np.float64)
@@ -23,15 +23,17 @@ def check_scores(
         raise DataError(f'y has shape {y.shape} and score {score.shape}; give one score per label, (n,) or (n,L) both')
     known = ~np.isnan(y)
     other = np.setdiff1d(y[known], [0, 1])
-    if len(other): raise DataError(f'y holds {other[:3].tolist()}; labels are 0, 1 or NaN (for a class index make one column per class)')
+    if len(other):
+        raise DataError(f'y holds {other[:3].tolist()}; labels are 0, 1 or NaN (a class index: one column per class)')
     bad = int((known & ~np.isfinite(score)).sum())
-    if bad: raise DataError(f'score is NaN or infinite in {bad} rows with a known label; drop these rows or set their y to NaN')
+    if bad:
+        raise DataError(f'score is NaN or infinite in {bad} rows with a known label; drop them or set their y to NaN')
     return y, score
 
-# %% ../nbs/49a_thresholds.ipynb #22149949
+# %% ../nbs/49a_thresholds.ipynb #9872275c
 def youden_threshold(
-    y,              # (n,) or (n,L) labels, NaN masked
-    score,          # Same shape
+    y:np.ndarray,   # (n,) or (n,L) labels, NaN masked
+    score:np.ndarray, # Same shape
 ) -> np.ndarray:    # (L,) thresholds; NaN where only one class is present
     "The threshold with the largest sensitivity + specificity - 1"
     y, score = check_scores(y, score)
@@ -43,15 +45,15 @@ def youden_threshold(
             out[l] = thr[1:][np.argmax((tpr-fpr)[1:])]
     return out
 
-# %% ../nbs/49a_thresholds.ipynb #c6770f84
+# %% ../nbs/49a_thresholds.ipynb #37798784
 def _highest_reaching(score, share):
     "Highest observed score that at least `share` of the scores reach"
     s = np.sort(score)[::-1]
     return s[max(int(np.ceil(share*len(s) - 1e-9)), 1)-1] if len(s) else np.nan
 
 def sensitivity_threshold(
-    y,                      # (n,) or (n,L) labels, NaN masked
-    score,                  # Same shape
+    y:np.ndarray,           # (n,) or (n,L) labels, NaN masked
+    score:np.ndarray,       # Same shape
     sensitivity:float=.9,   # Share of positives to find, in (0,1]
 ) -> np.ndarray:            # (L,) thresholds; NaN without a positive
     "The highest threshold that finds at least `sensitivity` of the positives"
@@ -60,8 +62,8 @@ def sensitivity_threshold(
     return np.array([_highest_reaching(s[t == 1], sensitivity) for t, s in zip(y.T, score.T)])
 
 def rate_threshold(
-    y,                      # (n,) or (n,L) labels; only their NaN mask and, for rate=None, their prevalence are used
-    score,                  # Same shape
+    y:np.ndarray,           # (n,) or (n,L) labels; only their NaN mask and, for rate=None, their prevalence are used
+    score:np.ndarray,       # Same shape
     rate:float=None,        # Share of rows to call positive, in (0,1]; None: the prevalence of each label
 ) -> np.ndarray:            # (L,) thresholds; NaN where no label is known
     "The highest threshold that calls at least `rate` of the rows positive"
@@ -71,7 +73,7 @@ def rate_threshold(
     return np.array([_highest_reaching(s[k], (t[k].mean() if k.any() else 1) if rate is None else rate)
                      for t, s, k in zip(y.T, score.T, known)])
 
-# %% ../nbs/49a_thresholds.ipynb #1e81e543
+# %% ../nbs/49a_thresholds.ipynb #9920563c
 CONFUSION = 'tp','fp','fn','tn'
 
 def confusion(
