@@ -1,8 +1,9 @@
 """Render `README.md` and the docs site from the notebooks and their stored outputs, without Quarto
 
 Usage: `python nbs/_render.py readme` or `python nbs/_render.py site [folder]`. nbdev does its part as for Quarto (hidden
-cells, `show_doc` tables, links); nbconvert writes the README, smalldocs the site from the same `_quarto.yml`.
+cells, signatures, links); nbconvert writes the README, smalldocs the site from the same `_quarto.yml`.
 """
+import json
 import re
 import shutil
 import subprocess
@@ -45,13 +46,57 @@ def _as_node(nb):
     return node
 
 
-def _local_math(page):
-    "Turn TeX into MathML, which browsers draw themselves, instead of asking another host for a script"
+SECTIONS = [(0, 'Foundations'), (1, 'Data'), (10, 'Models and objectives'), (23, 'Obfuscation and attack'), (40, 'Private training'),
+            (49, 'Evaluation and report'), (70, 'Commands'), (80, 'Tutorials')]
+
+
+def sidebar_text() -> str:    # YAML for `nbs/sidebar.yml`
+    "List every notebook in the order of its number, under the section that its number falls in"
+    def _key(p): return (*re.match(r'(\d+)([a-z]*)_', p.name).groups(), p.name)
+    res, last = ['# Made by nbs/_render.py from the numbers of the notebooks', 'website:', '  sidebar:', '    contents:', '      - index.ipynb'], None
+    for p in sorted((p for p in NBS.glob('*.ipynb') if p.name[0].isdigit()), key=_key):
+        sec = [name for start,name in SECTIONS if start<=int(_key(p)[0])][-1]
+        if sec!=last: res += [f'      - section: {sec}', '        contents:']
+        res, last = res + [f'          - {p.name}'], sec
+    return '\n'.join(res) + '\n'
+
+
+def _page_name(name): return re.sub(r'^\d+[a-z]*_', '', name)    # as nbdev names pages for Quarto: `01a_data.split` is `data.split.html`
+
+
+def _lay_out(cache, src):
+    "Copy what nbdev prepared in `cache` to `src`, under page names and with links to them"
+    shutil.rmtree(src, ignore_errors=True); src.mkdir()
+    for p in cache.rglob('*'):
+        if p.is_dir() or src in p.parents: continue
+        q = src/p.relative_to(cache).with_name(_page_name(p.name))
+        q.parent.mkdir(parents=True, exist_ok=True)
+        if p.suffix not in ('.ipynb', '.yml'): shutil.copy(p, q); continue
+        s = p.read_text(encoding='utf-8')
+        s = re.sub(r'(\]\(|- )(\d+[a-z]*_[\w.]+\.ipynb)', lambda m: m[1] + _page_name(m[2]), s)
+        q.write_text(_sized(s) if p.suffix=='.ipynb' else s, encoding='utf-8')
+
+
+def _sized(text):
+    "Give pictures the width that Jupyter shows them at (half their pixels), and drop a page option that smalldocs does not know"
+    nb = json.loads(re.sub(r'output-file: [\w.-]+\\n', '', text))
+    for o in (o for c in nb['cells'] for o in c.get('outputs', [])):
+        data, size = o.get('data', {}), o.get('metadata', {}).get('image/png', {})
+        if 'image/png' in data and 'width' in size:
+            png = ''.join(data.pop('image/png')).replace('\n', '')
+            data['text/html'] = f'<img class="img-fluid" width="{size["width"]}" alt="figure" src="data:image/png;base64,{png}">'
+    return json.dumps(nb)
+
+
+def _finish(page, home):
+    "MathML in place of a script from another host, links within the site in place of links to its public address, plain docments"
     from html import unescape
     from latex2mathml.converter import convert
-    def _one(m): return convert(unescape(m[2]).strip()[2:-2], display='block' if m[1]=='display' else 'inline')
-    page = re.sub(r'<span class="math (inline|display)">(.*?)</span>', _one, page, flags=re.S)
-    return re.sub(r'<(link|script)[^>]*/npm/katex@[^>]*>(</script>)?', '', page)
+    def _math(m): return convert(unescape(m[2]).strip()[2:-2], display='block' if m[1]=='display' else 'inline')
+    page = re.sub(r'<span class="math (inline|display)">(.*?)</span>', _math, page, flags=re.S)
+    page = re.sub(r'<(link|script)[^>]*/npm/katex@[^>]*>(</script>)?', '', page)
+    page = re.sub(r'\[`([\w.]+)`\]\(https?://[^)\s]+\)', r'\1', page)
+    return re.sub(rf'(<a\b[^>]*\bhref="){re.escape(home)}/', r'\1', page)
 
 
 def render_site(
@@ -59,20 +104,23 @@ def render_site(
     n_workers: int = 2,          # Processes that prepare notebooks
 ) -> Path:                       # `out`
     "Prepare the notebooks as nbdev does for Quarto, then render them with smalldocs"
+    from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     refresh_quarto_yml()
-    cache = ROOT/'_proc'
+    (NBS/'sidebar.yml').write_text(sidebar_text(), encoding='utf-8')
+    cfg, cache = get_config(), ROOT/'_proc'
     for p in cache.glob('*.ipynb'):
         if not (NBS/p.name).exists(): p.unlink()
     cache = proc_nbs(NBS, n_workers=n_workers)
-    shutil.rmtree(cache/'_docs', ignore_errors=True)
-    for name in ('_quarto.yml', 'sidebar.yml', 'nbdev.yml', 'styles.css'): shutil.copy(NBS/name, cache/name)
-    subprocess.run([Path(sys.executable).parent/'smalldocs', 'render', '--quiet', str(cache)], check=True)
-    for p in (cache/'_docs').rglob('*.html'): p.write_text(_local_math(p.read_text(encoding='utf-8')), encoding='utf-8')
-    out = Path(out)
+    for p in [*NBS.glob('*.yml'), *NBS.glob('*.css')]: shutil.copy(p, cache/p.name)
+    src = cache/'_site_src'
+    _lay_out(cache, src)
+    subprocess.run([Path(sys.executable).parent/'smalldocs', 'render', '--quiet', str(src)], check=True)
+    made, out = src/cfg.doc_path.name, Path(out)
+    for p in made.rglob('*.html'): p.write_text(_finish(p.read_text(encoding='utf-8'), cfg.doc_host + cfg.doc_baseurl), encoding='utf-8')
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(cache/'_docs', out)
+    shutil.copytree(made, out)
     return out
 
 
