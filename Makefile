@@ -21,7 +21,7 @@ lab: $(STAMP)
 	jupyter lab nbs
 
 bench: $(STAMP)
-	for f in tests/bench_*.py; do python $$f || exit 1; done
+	for f in $(wildcard tests/bench_*.py); do python $$f || exit 1; done
 
 README.md: nbs/index.ipynb nbs/_render.py | $(STAMP)
 	python nbs/_render.py readme

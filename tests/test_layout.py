@@ -69,6 +69,8 @@ def each(nbs): return pytest.mark.parametrize('nb', nbs, ids=[n.name for n in nb
 def where(nb, cells, why): return [f'{nb.name} cell {c.i}: {why(c)}' for c in cells]
 def is_import(o): return isinstance(o, (ast.Import, ast.ImportFrom))
 def tracked(*pats):
+    "Files that git tracks or would track"
+    if not (ROOT/'.git').exists(): pytest.skip('not a git checkout: which files belong to the project is unknown')
     out = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', '--', *pats], cwd=ROOT, capture_output=True, check=True)
     return [ROOT/p for p in out.stdout.decode().split('\0') if p and (ROOT/p).is_file()]
 
