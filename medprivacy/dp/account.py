@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCOUNTANTS', 'PrivacySpent', 'epsilon', 'noise_multiplier_for']
 
-# %% ../../nbs/40_dp.account.ipynb #00c7ac9d
+# %% ../../nbs/40_dp.account.ipynb #55f4a5be
 import math, warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from opacus.accountants.analysis.prv import (DiscretePRV, Domain, PoissonSubsamp
 from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from ..core import ConfigError
 
-# %% ../../nbs/40_dp.account.ipynb #c6730d51
+# %% ../../nbs/40_dp.account.ipynb #eb240777
 @dataclass(frozen=True, repr=False)
 class PrivacySpent:
     "ε together with everything it depends on"
@@ -39,14 +39,15 @@ class PrivacySpent:
         if not 0 < self.delta < 1: raise ConfigError(f'delta must be in (0,1), got {self.delta}')
 
     def __repr__(self):
-        how = [f'{self.accountant} accountant', f'{self.sampling} sampling', f'neighbours {self.neighbours}', f'unit {self.unit}']
+        how = [f'{self.accountant} accountant', f'{self.sampling} sampling', f'neighbours {self.neighbours}',
+               f'unit {self.unit}']
         if self.steps            is not None: how.append(f'{self.steps} steps')
         if self.sample_rate      is not None: how.append(f'rate {self.sample_rate:.4g}')
         if self.noise_multiplier is not None: how.append(f'noise multiplier {self.noise_multiplier:.4g}')
         void = '' if self.private else 'NOT PRIVATE (test mode, noise from a known seed): '
         return f'{void}ε = {self.eps:.4g} at δ = {self.delta:.3g} ({", ".join(how)})'
 
-# %% ../../nbs/40_dp.account.ipynb #7f28470f
+# %% ../../nbs/40_dp.account.ipynb #b101a068
 def _gaussian_eps(mu, delta):
     "ε of a Gaussian mechanism with sensitivity over noise `mu`"
     if mu == 0: return 0.
@@ -58,7 +59,7 @@ def _gaussian_eps(mu, delta):
     hi = mu*mu/2 + mu*math.sqrt(2*math.log(1/delta)) + 1
     return brentq(excess, 0, hi, xtol=1e-12, rtol=1e-12)*(1+1e-9)
 
-# %% ../../nbs/40_dp.account.ipynb #20146c40
+# %% ../../nbs/40_dp.account.ipynb #f786c632
 def _loss_density(noise, rate, width=40, n=2**14):
     "Privacy loss of one step on a grid of outcomes, and the log probability of each outcome"
     x    = np.linspace(-width*noise, 1+width*noise, n)
@@ -78,7 +79,7 @@ def _half_width(loss, logp, steps, tail):
         return best
     return max(bound(1), bound(-1))
 
-# %% ../../nbs/40_dp.account.ipynb #dec1f88e
+# %% ../../nbs/40_dp.account.ipynb #32366526
 def _compose(noise, rate, steps, delta, mean, half, err):
     "Lower, middle and upper ε of `steps` steps with error `err`, on [-half,half]"
     d_err = delta/1000
@@ -86,7 +87,8 @@ def _compose(noise, rate, steps, delta, mean, half, err):
     n     = 2*next_fast_len(int(math.ceil((half+err)/dt))+2, real=True)
     dom   = Domain(-(n//2-1)*dt, n//2*dt, n)
     edges = np.concatenate([dom.ts-dt/2, [dom.t_max+dt/2]])
-    pmf   = np.diff(TruncatedPrivacyRandomVariable(PoissonSubsampledGaussianPRV(rate, noise), dom.t_min, dom.t_max).cdf(edges))
+    exact = TruncatedPrivacyRandomVariable(PoissonSubsampledGaussianPRV(rate, noise), dom.t_min, dom.t_max)
+    pmf   = np.diff(exact.cdf(edges))
     prv   = DiscretePRV(pmf, dom.shift_right(mean-pmf@dom.ts))
     return compose_heterogeneous([prv], [steps]).compute_epsilon(delta, d_err, err)
 
@@ -104,23 +106,26 @@ def _prv_eps(noise, rate, steps, delta, rel=.003, max_points=2**22):
     except (RuntimeError, ValueError): return None   # δ below what floating point resolves
     return max(float(upper), 0.) if np.isfinite(upper) else None
 
-# %% ../../nbs/40_dp.account.ipynb #0fa143e8
+# %% ../../nbs/40_dp.account.ipynb #888b57e7
 ACCOUNTANTS = ('prv', 'rdp', 'gdp')
-_ORDERS = sorted({1+x/10 for x in range(1,100)} | set(range(11,65)) | {72,80,96,112,128,160,192,256,320,384,512,640,768,1024})
+_ORDERS = sorted({1+x/10 for x in range(1,100)} | set(range(11,65)) |
+                 {72,80,96,112,128,160,192,256,320,384,512,640,768,1024})
 
 @lru_cache(maxsize=4096)
 def _rdp_eps(noise, rate, steps, delta):
     "Upper bound of ε by Rényi differential privacy"
     with np.errstate(all='ignore'), warnings.catch_warnings():
         warnings.simplefilter('ignore')   # Opacus warns when the best order is the last
-        return max(float(get_privacy_spent(orders=_ORDERS, rdp=compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=_ORDERS), delta=delta)[0]), 0.)
+        rdp = compute_rdp(q=rate, noise_multiplier=noise, steps=steps, orders=_ORDERS)
+        return max(float(get_privacy_spent(orders=_ORDERS, rdp=rdp, delta=delta)[0]), 0.)
 
 def _check_steps(sample_rate, steps, delta, accountant):
     "Refuse what no accountant can answer"
     if accountant not in ACCOUNTANTS: raise ConfigError(f'accountant must be one of {ACCOUNTANTS}, got {accountant!r}')
     if not 0 <= sample_rate <= 1: raise ConfigError(f'sample_rate must be in [0,1], got {sample_rate}')
     if not 0 < delta < 1: raise ConfigError(f'delta must be in (0,1), got {delta}')
-    if not (steps >= 0 and float(steps).is_integer()): raise ConfigError(f'steps must be a whole number, 0 or more, got {steps}')
+    if not (steps >= 0 and float(steps).is_integer()):
+        raise ConfigError(f'steps must be a whole number, 0 or more, got {steps}')
 
 def epsilon(
     noise_multiplier:float,   # σ: standard deviation of the noise over the clipping norm
@@ -138,11 +143,12 @@ def epsilon(
     if accountant == 'rdp': return _rdp_eps(noise, rate, steps, delta)
     if rate == 1: return float(_gaussian_eps(math.sqrt(steps)/noise, delta))
     if accountant == 'gdp':
-        with np.errstate(all='ignore'): return float(_gaussian_eps(float(compute_mu_poisson(steps=steps, noise_multiplier=noise, sample_rate=rate)), delta))
+        with np.errstate(all='ignore'): mu = compute_mu_poisson(steps=steps, noise_multiplier=noise, sample_rate=rate)
+        return float(_gaussian_eps(float(mu), delta))
     eps = _prv_eps(noise, rate, steps, delta)
     return _rdp_eps(noise, rate, steps, delta) if eps is None else eps
 
-# %% ../../nbs/40_dp.account.ipynb #60cab7e8
+# %% ../../nbs/40_dp.account.ipynb #5b78ab55
 def noise_multiplier_for(
     epsilon:float,            # Target ε, above 0
     *,
@@ -160,7 +166,8 @@ def noise_multiplier_for(
     e_lo = e_hi = cost(0.)
     while e_lo <= epsilon and lo > -14: hi,e_hi,lo = lo,e_lo,lo-.7; e_lo = cost(lo)
     while e_hi >  epsilon and hi < 20:  lo,e_lo,hi = hi,e_hi,hi+.7; e_hi = cost(hi)
-    if e_hi > epsilon: raise ConfigError(f'ε = {epsilon} at δ = {delta} cannot be reached in {steps} steps with {accountant}: ask for more, or take fewer steps')
+    if e_hi > epsilon:
+        raise ConfigError(f'epsilon {epsilon} at δ = {delta} is out of reach for {steps} steps by {accountant}: ask for more')
     for i in range(60):
         if e_hi >= epsilon*.997 or hi-lo < 1e-5: break
         far = i%3 == 2 or not 0 < e_hi < e_lo < math.inf
