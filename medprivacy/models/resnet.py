@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resnet9', 'SmallResNet', 'create_classifier', 'make_private_ready']
 
-# %% ../../nbs/11_models.resnet.ipynb #0cb0b68f
+# %% ../../nbs/11_models.resnet.ipynb #bcc732de
 import ast, copy, inspect, math, textwrap
 from collections import Counter
 from difflib import get_close_matches
@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from ..core import CheckpointError, ConfigError
 
-# %% ../../nbs/11_models.resnet.ipynb #09011e8a
+# %% ../../nbs/11_models.resnet.ipynb #942b8202
 class _Block(BasicBlock):
     "torchvision's basic block with the residual sum out of place"
     def forward(self, x):
@@ -39,7 +39,7 @@ def _replace(model, name, new):
     parent, _, leaf = name.rpartition('.')
     setattr(model.get_submodule(parent), leaf, new)
 
-# %% ../../nbs/11_models.resnet.ipynb #c7914a71
+# %% ../../nbs/11_models.resnet.ipynb #fac0bef6
 def _set_in_channels(model, in_channels, keep=False):
     "Replace the first convolution by one for `in_channels`; `keep` carries its weights over"
     name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
@@ -58,7 +58,7 @@ def _fit_in_channels(w, in_channels):
     i = w.shape[1]
     return w.repeat(1, math.ceil(in_channels/i), 1, 1)[:, :in_channels] * (i/in_channels)
 
-# %% ../../nbs/11_models.resnet.ipynb #c1c5d30b
+# %% ../../nbs/11_models.resnet.ipynb #1ef0e0cb
 def resnet9(
     n_out:int,             # Number of logits
     act:str='mish',        # 'mish' (published) or 'relu'
@@ -72,7 +72,7 @@ def resnet9(
         if isinstance(m, nn.ReLU): _replace(model, name, _ACTS[act]())
     return _set_in_channels(model, in_channels)
 
-# %% ../../nbs/11_models.resnet.ipynb #40fc6603
+# %% ../../nbs/11_models.resnet.ipynb #37b3fc5e
 class SmallResNet(nn.Module):
     "A CIFAR-style ResNet with GroupNorm, fast on a CPU"
     def __init__(self,
@@ -108,7 +108,7 @@ class SmallResNet(nn.Module):
 
     def forward(self, x): return self.fc(self.features(x).mean((-2, -1)))
 
-# %% ../../nbs/11_models.resnet.ipynb #6f78a1ba
+# %% ../../nbs/11_models.resnet.ipynb #ee435e34
 def _group_norm(c): return nn.GroupNorm(math.gcd(8, c), c)
 
 def _stage(c_in, c_out, n, stride, act):
@@ -120,7 +120,7 @@ def _stage(c_in, c_out, n, stride, act):
         return b
     return nn.Sequential(*[block(c_in if i == 0 else c_out, stride if i == 0 else 1) for i in range(n)])
 
-# %% ../../nbs/11_models.resnet.ipynb #51e9e702
+# %% ../../nbs/11_models.resnet.ipynb #a13b4b2b
 def _read_state(path):
     "State dict of a .safetensors, .pt or .pth file"
     path = Path(path)
@@ -133,7 +133,7 @@ def _read_state(path):
         raise CheckpointError(f'{path.name} holds no state_dict; save model.state_dict()')
     return {k.removeprefix('module.'): v for k, v in state.items()}
 
-# %% ../../nbs/11_models.resnet.ipynb #856b54bf
+# %% ../../nbs/11_models.resnet.ipynb #3ddaf9bb
 _AUX = ('aux1.', 'aux2.', 'AuxLogits.')     # side heads of GoogLeNet and Inception, which we do not build
 
 def _load_into(model, state, source):
@@ -142,7 +142,7 @@ def _load_into(model, state, source):
     conv = next(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)) + '.weight'
     if conv in state and state[conv].shape[1] != own[conv].shape[1]:
         state = {**state, conv: _fit_in_channels(state[conv], own[conv].shape[1])}
-    *_, head = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+    *_, head = (n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
     drop = [k for k in state if k.startswith(_AUX) or k.rpartition('.')[0] == head and k in own and state[k].shape != own[k].shape]
     state = {k: v for k, v in state.items() if k not in drop}
     bad = [k for k in own if k not in state and k not in drop] + [k for k in state if k not in own or state[k].shape != own[k].shape]
@@ -150,7 +150,7 @@ def _load_into(model, state, source):
     model.load_state_dict(state, strict=False)
     return model
 
-# %% ../../nbs/11_models.resnet.ipynb #e3545cd5
+# %% ../../nbs/11_models.resnet.ipynb #e6f9e5a6
 def _tv_names(): return torchvision.models.list_models(module=torchvision.models)
 
 def _torchvision(arch, n_out, in_channels, pretrained):
@@ -167,7 +167,7 @@ def _timm(arch, n_out, in_channels, pretrained):
         raise ConfigError(f'unknown arch {arch!r}; ' + (f'near names: {", ".join(near)}' if near else "try 'resnet9' or 'resnet18'"))
     return timm.create_model(arch, num_classes=n_out, in_chans=in_channels, pretrained=pretrained is True)
 
-# %% ../../nbs/11_models.resnet.ipynb #1ada6ad3
+# %% ../../nbs/11_models.resnet.ipynb #1e36c492
 _OURS = {'resnet9': lambda n_out, c: resnet9(n_out, in_channels=c), 'small_resnet': SmallResNet}
 
 def create_classifier(
@@ -192,7 +192,7 @@ def create_classifier(
                                   "and give pretrained='path/to/file.pth', or use pretrained=False") from e
     return model if state is None else _load_into(model, state, str(pretrained))
 
-# %% ../../nbs/11_models.resnet.ipynb #9cb77160
+# %% ../../nbs/11_models.resnet.ipynb #1b32bea6
 class _OutOfPlace(ast.NodeTransformer):
     "Edit a syntax tree; `done` lists the statements that were changed"
     def __init__(self): self.done = []
@@ -221,7 +221,7 @@ def _out_of_place(func):
     new.__defaults__, new.__kwdefaults__ = func.__defaults__, func.__kwdefaults__
     return new, tuple(dict.fromkeys(edit.done))
 
-# %% ../../nbs/11_models.resnet.ipynb #18d3cfe2
+# %% ../../nbs/11_models.resnet.ipynb #796aa3a9
 def _is_foreign(cls):
     "Is this code neither torch's nor ours, hence perhaps written with in-place sums?"
     return not (cls is object or cls.__module__.startswith(('torch.nn', 'torch.ao')) or cls.__module__ == __name__)
@@ -249,7 +249,7 @@ def _as_group_norm(bn):
     after = [o for o in (getattr(bn, 'drop', None), getattr(bn, 'act', None)) if o is not None and not isinstance(o, nn.Identity)]
     return nn.Sequential(gn, *after) if after else gn
 
-# %% ../../nbs/11_models.resnet.ipynb #a3c08de3
+# %% ../../nbs/11_models.resnet.ipynb #de62c59a
 def make_private_ready(
     model:nn.Module,    # Any classifier; left as it is
 ) -> tuple[nn.Module, list[str]]:    # A converted copy; what was changed, one line each (empty: nothing)
