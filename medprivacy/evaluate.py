@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'METRICS', 'auroc', 'auprc', 'bootstrap_auroc', 'why_missing', 'n_units', 'auroc_ci', 'paired_test', 'Scores',
            'scores_of', 'choose_thresholds', 'resolve_thresholds', 'metric_draws', 'metrics_table']
 
-# %% ../nbs/50_evaluate.ipynb #ea39ab30
+# %% ../nbs/50_evaluate.ipynb #f9bc26af
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .resample import Interval, Units, bootstrap_sums, holm, interval, resample_
 from .thresholds import (check_scores, confusion, rate_threshold, rates, sensitivity_threshold,
                                    youden_threshold)
 
-# %% ../nbs/50_evaluate.ipynb #04d3a7b4
+# %% ../nbs/50_evaluate.ipynb #ff24ca3a
 def _known_pairs(y, score, units):
     "Known rows of each label, or None where a class is missing"
     for t, s in zip(y.T, score.T):
@@ -52,13 +52,13 @@ def auprc(
     "Average precision (area under the precision-recall curve) of every label"
     return _areas(y, score, weight, pr_blocks, blocks_auprc)
 
-# %% ../nbs/50_evaluate.ipynb #64b823c2
-def _bootstrap_areas(y, score, units, n_boot, seed, make, area):
+# %% ../nbs/50_evaluate.ipynb #7b149462
+def _bootstrap_areas(y, score, units, n_boot, seed, make, area, draw=None):
     dtype  = exact_dtype(units)
     blocks = [None if k is None else make(*k, dtype) for k in _known_pairs(y, score, units)]
     out, a = np.full((n_boot, y.shape[1]), np.nan), 0
     if all(b is None for b in blocks): return out
-    for w in resample_counts(units.m, n_boot, seed):
+    for w in draw() if draw else resample_counts(units.m, n_boot, seed):
         for l, b in enumerate(blocks):
             if b is not None: out[a:a+w.shape[1], l] = area(b, w.astype(dtype, copy=False))
         a += w.shape[1]
@@ -75,7 +75,7 @@ def bootstrap_auroc(
     y, score = check_scores(y, score)
     return _bootstrap_areas(y, score, units_of(len(y), patient), n_boot, seed, roc_blocks, blocks_auroc)
 
-# %% ../nbs/50_evaluate.ipynb #3e4007ab
+# %% ../nbs/50_evaluate.ipynb #a16c8158
 def why_missing(
     y:np.ndarray,   # (n,) labels of one label
     s:np.ndarray,   # (n,) scores
@@ -117,7 +117,7 @@ def auroc_ci(
              for a, d, t, s, f in zip(auroc(y, score), draws.T, y.T, score.T, bca)]
     return res if len(res) > 1 else res[0]
 
-# %% ../nbs/50_evaluate.ipynb #ddc4d3d0
+# %% ../nbs/50_evaluate.ipynb #9581bf9f
 def paired_test(
     y:np.ndarray,           # (n,) or (n,L) labels 0, 1 or NaN (masked)
     score_a:np.ndarray,     # Same shape: scores of the first model
@@ -146,7 +146,7 @@ def paired_test(
     df.insert(6, 'p_holm', holm(df.p))
     return df
 
-# %% ../nbs/50_evaluate.ipynb #b4219dcd
+# %% ../nbs/50_evaluate.ipynb #786346ba
 @dataclass(frozen=True)
 class Scores:
     "Arrays of one model on one split"
@@ -186,7 +186,7 @@ def scores_of(
     y, score = check_scores(*(np.stack([np.asarray(c[i], float) for c in cols], axis=1) for i in (1, 2)))
     return Scores(df, y, score, tuple(c[0] for c in cols))
 
-# %% ../nbs/50_evaluate.ipynb #6b30e781
+# %% ../nbs/50_evaluate.ipynb #39569366
 RULES = dict(youden=youden_threshold, sensitivity=sensitivity_threshold, rate=rate_threshold)
 
 def choose_thresholds(
@@ -222,7 +222,7 @@ def resolve_thresholds(
     return df.assign(threshold=df.label.map(threshold) if isinstance(threshold, dict) else float(threshold),
                      rule='given', split='none')
 
-# %% ../nbs/50_evaluate.ipynb #5d47cc74
+# %% ../nbs/50_evaluate.ipynb #ae408ade
 METRICS = ('auroc', 'auprc', 'accuracy', 'balanced_accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'brier',
            'selection_rate', 'fpr', 'fnr')
 
@@ -233,20 +233,24 @@ def metric_draws(
     units:Units,            # The unit of each row
     n_boot:int=0,           # Number of resamples; 0: the sample itself
     seed:int=0,             # Seed of the resamples
+    metrics:tuple=METRICS,  # Which of them; areas that are not asked for cost nothing
+    draw:Callable=None,     # () -> blocks (m,b), n_boot columns in all, of other weights; None: resamples
 ) -> dict:                  # Metric -> (n_boot,L), or (1,L) for n_boot=0
-    "Every metric of `METRICS`, in the sample or in every resample"
+    "Metrics in the sample, or in every resample"
     known  = ~np.isnan(y)
     in01   = ((score >= 0) & (score <= 1) | ~known).all(0)
     x      = np.concatenate([*confusion(y, score, threshold), np.where(known, (score-y)**2, 0), known], axis=1)
-    totals = bootstrap_sums(x, units, n_boot, seed) if n_boot and units.m else x.sum(0, keepdims=True)
+    totals = bootstrap_sums(x, units, n_boot, seed, draw) if n_boot and units.m else x.sum(0, keepdims=True)
     *cells, sq, k = np.split(totals, 6, axis=1)
-    areas  = dict(auroc=auroc(y, score)[None], auprc=auprc(y, score)[None]) if not n_boot else {
-        'auroc': _bootstrap_areas(y, score, units, n_boot, seed, roc_blocks, blocks_auroc),
-        'auprc': _bootstrap_areas(y, score, units, n_boot, seed, pr_blocks, blocks_auprc)}
+    areas  = {}
+    for name, make, area in [('auroc', roc_blocks, blocks_auroc), ('auprc', pr_blocks, blocks_auprc)]:
+        if name not in metrics: continue
+        areas[name] = (_bootstrap_areas(y, score, units, n_boot, seed, make, area, draw) if n_boot else
+                       _areas(y, score, None, make, area)[None])
     brier  = np.where((k > 0) & in01, sq/np.maximum(k, 1), np.nan)      # a Brier score needs probabilities
-    return {m: v for m, v in (areas | rates(*cells) | dict(brier=brier)).items() if m in METRICS}
+    return {m: v for m, v in (areas | rates(*cells) | dict(brier=brier)).items() if m in metrics}
 
-# %% ../nbs/50_evaluate.ipynb #e5f3eccc
+# %% ../nbs/50_evaluate.ipynb #89ccdd2f
 def _mean_over_labels(v, w):
     "Weighted mean over the last axis that leaves NaN out"
     w = np.where(np.isnan(v), 0, w)
@@ -265,7 +269,7 @@ def _row(value, draws, intervals, note, **kw):
 
 def _model_rows(s, thr, units, n_boot, level, seed, intervals):
     value = metric_draws(s.y, s.score, thr, units)
-    draws = metric_draws(s.y, s.score, thr, units, n_boot, seed) if intervals else {}
+    draws = metric_draws(s.y, s.score, thr, units, n_boot, seed, intervals) if intervals else {}
     known = ~np.isnan(s.y)
     kw    = dict(intervals=intervals, unit=units.name, level=level)
     def size(k, pos, t): return dict(n=int(k.sum()), n_patients=s.df.patient_id[k].nunique(), n_pos=pos, threshold=t)
@@ -283,7 +287,7 @@ def _model_rows(s, thr, units, n_boot, level, seed, intervals):
             {m: v[0] for m,v in mean[0].items()}, mean[1], note=[f'without {", ".join(gone)}'] if gone else [],
             n=n_units(np.where(some, 1., np.nan), units), **kw)
 
-# %% ../nbs/50_evaluate.ipynb #747a9888
+# %% ../nbs/50_evaluate.ipynb #73cc5051
 def metrics_table(
     preds:Predictions,              # Predictions of one or several models
     *,
