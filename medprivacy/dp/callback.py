@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['DPCallback']
 
-# %% ../../nbs/41_dp.callback.ipynb #086e4762
+# %% ../../nbs/41_dp.callback.ipynb #d727ac1d
 import secrets
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelBackwardException, CancelFitException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision, ModelToHalf, NonNativeMixedPrecision
@@ -24,7 +25,7 @@ from .account import ACCOUNTANTS, PrivacySpent, epsilon, noise_multiplier_for
 from .clip import check_model, clipped_batch
 from .sample import PoissonDL, PoissonSampler, fetch_rows, loader_bs, train_rows
 
-# %% ../../nbs/41_dp.callback.ipynb #ed0cdeaa
+# %% ../../nbs/41_dp.callback.ipynb #00fd1906
 def _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit, physical_bs, accountant, epochs):
     "Refuse settings that make no sense, before anything is built"
     if (target_epsilon is None) == (noise_multiplier is None):
@@ -41,7 +42,7 @@ def _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit
     if unit not in ('patient', 'image'): raise ConfigError(f"unit must be 'patient' or 'image', got {unit!r}")
     if accountant not in ACCOUNTANTS: raise ConfigError(f'accountant must be one of {ACCOUNTANTS}, got {accountant!r}')
 
-# %% ../../nbs/41_dp.callback.ipynb #a4248c67
+# %% ../../nbs/41_dp.callback.ipynb #3085a4d7
 class DPCallback(Callback):
     "Settings, steps and noise of private training; added by `Learner.to_private`, reached as `learn.dp`"
     order = Recorder.order+1   # After Recorder has made its columns, before the progress bar is drawn
@@ -56,7 +57,7 @@ class DPCallback(Callback):
         physical_bs:int=None,           # Images at a time in memory; None: the whole batch
         accountant:str='prv',           # 'prv', 'rdp' or 'gdp'
         epochs:int=None,                # Epochs that the target is for; None: those of the first fit
-        patients=None,                  # Patient of each training row; None: `dls.train_patients`
+        patients:np.ndarray=None,       # Patient of each training row; None: `dls.train_patients`
         seed:int=None,                  # For tests only: noise and draws can be repeated, so the result is not private
     ):
         _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit, physical_bs, accountant, epochs)
@@ -87,7 +88,7 @@ class DPCallback(Callback):
         if self._log_eps and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.spent.eps)
         self._log_eps = False
 
-# %% ../../nbs/41_dp.callback.ipynb #b1f5e0c9
+# %% ../../nbs/41_dp.callback.ipynb #50e69c99
 def _prepare(cb, dls):
     "Take units, rate and δ from the training loader"
     dl, n  = dls.train, train_rows(dls.train)
@@ -117,7 +118,7 @@ def _spent(cb):
                         steps=cb.steps_taken, sample_rate=cb.rate, noise_multiplier=cb._noise,
                         private=not cb._test_mode)
 
-# %% ../../nbs/41_dp.callback.ipynb #493fa6db
+# %% ../../nbs/41_dp.callback.ipynb #fee337d3
 _CONFLICTS = [
     (LRFinder, BudgetError,
      'lr_find would train on the private images, and spend budget: search on a public learner with other images'),
@@ -172,7 +173,7 @@ def _add_column(cb):
     names.insert(len(names)-(names[-1]=='time'), 'epsilon')
     cb.recorder.metric_names = L(names)
 
-# %% ../../nbs/41_dp.callback.ipynb #7a7ba59c
+# %% ../../nbs/41_dp.callback.ipynb #e0a794ed
 def _generator(cb, device):
     "Source of noise on `device`, seeded by the operating system"
     key = str(device)
@@ -217,7 +218,7 @@ class _Step:
         learn.opt.zero_grad()
         if not n: learn.yb = ()
 
-# %% ../../nbs/41_dp.callback.ipynb #4b5e4439
+# %% ../../nbs/41_dp.callback.ipynb #a0fa33e4
 def _convert(learn):
     "Replace layers that mix patients, saying so"
     try: return check_model(learn.model)
@@ -241,7 +242,7 @@ def to_private(self:Learner,
     physical_bs:int=None,           # Images at a time in memory; None: the whole batch
     accountant:str='prv',           # 'prv', 'rdp' or 'gdp'
     epochs:int=None,                # Epochs that the target is for; None: those of the first fit
-    patients=None,                  # Patient of each training row; None: `dls.train_patients`
+    patients:np.ndarray=None,       # Patient of each training row; None: `dls.train_patients`
     convert:bool=True,              # Replace BatchNorm by GroupNorm, and print it; False: refuse such a model
     seed:int=None,                  # For tests only: the result is marked not private
 ) -> Learner:                       # The same learner

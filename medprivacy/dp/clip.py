@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClippedBatch', 'sample_losses', 'clipped_batch', 'clipped_gradient', 'check_model']
 
-# %% ../../nbs/40a_dp.clip.ipynb #9c6b2eff
+# %% ../../nbs/40a_dp.clip.ipynb #98a7f4c8
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable
@@ -17,7 +17,7 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from ..core import ConfigError, UnsupportedUnderDP
 
-# %% ../../nbs/40a_dp.clip.ipynb #6a5b02e0
+# %% ../../nbs/40a_dp.clip.ipynb #87c55ef0
 _NOT_ZERO_PADDED = lambda m: getattr(m, 'padding_mode', 'zeros') != 'zeros'   # Opacus' rule pads with zeros only
 
 def _rule(module):
@@ -33,7 +33,7 @@ def _watched(module):
     if not _own_params(module) or _rule(module) is not ft_compute_per_sample_gradient:
         for m in module.children(): yield from _watched(m)
 
-# %% ../../nbs/40a_dp.clip.ipynb #d689deb0
+# %% ../../nbs/40a_dp.clip.ipynb #0d2ccafa
 @contextmanager
 def _sample_grads(model, n):
     "While open, backward passes of `model` on `n` images fill the yielded dict: parameter → (n, *shape)"
@@ -60,7 +60,7 @@ def _sample_grads(model, n):
         for h in handles: h.remove()
         for m in layers: m.__dict__.pop('ft_compute_sample_grad', None)
 
-# %% ../../nbs/40a_dp.clip.ipynb #539c1750
+# %% ../../nbs/40a_dp.clip.ipynb #24054a49
 def _norms(grads):
     "Norm of each image's gradient over all parameters, (B,)"
     gs = list(grads)
@@ -78,7 +78,7 @@ def _clipped_sum(grads, max_grad_norm):
         return scale.to(g.dtype) @ g
     return {p: add(g).view(g.shape[1:]) for p,g in grads.items()}, norms
 
-# %% ../../nbs/40a_dp.clip.ipynb #64b6fc75
+# %% ../../nbs/40a_dp.clip.ipynb #e7e0e9ef
 @dataclass(frozen=True)
 class ClippedBatch:
     "The clipped gradient of a batch and what a training loop shows of it"
@@ -94,7 +94,7 @@ def _plain(b): return tuple(t.as_subclass(torch.Tensor) if isinstance(t, torch.T
 
 def sample_losses(
     loss_func:Callable,    # loss(pred, *targets) → one number
-    pred,                  # Outputs for a batch
+    pred:torch.Tensor,     # Outputs for a batch, or a tuple of such
     yb:tuple,              # Targets of the batch
 ) -> torch.Tensor:         # Loss of each image alone (B,)
     "Evaluate the loss on each image by itself"
@@ -105,7 +105,7 @@ def sample_losses(
         return loss.reshape(())
     return torch.stack([one(i) for i in range(len(yb[0]))])
 
-# %% ../../nbs/40a_dp.clip.ipynb #3a0f7d93
+# %% ../../nbs/40a_dp.clip.ipynb #7f85e0c5
 def _piece(model, loss_func, xb, yb, max_grad_norm, check):
     "`ClippedBatch` of one physical batch"
     names = {p: n for n,p in model.named_parameters() if p.requires_grad}
@@ -128,7 +128,7 @@ def _same(a, b, tol=1e-2):
     err,size = (a-b).abs().max(), b.abs().max()
     return not (err.isfinite() and size.isfinite()) or err <= tol*size + 1e-5
 
-# %% ../../nbs/40a_dp.clip.ipynb #64e822bc
+# %% ../../nbs/40a_dp.clip.ipynb #cb345d09
 def clipped_batch(
     model:nn.Module,          # In the mode it is trained in
     loss_func:Callable,       # loss(pred, *targets) → one number
@@ -166,7 +166,7 @@ def clipped_gradient(
     o = clipped_batch(model, loss_func, as_tuple(x), as_tuple(y), max_grad_norm)
     return o.grads, o.norms
 
-# %% ../../nbs/40a_dp.clip.ipynb #07dced2b
+# %% ../../nbs/40a_dp.clip.ipynb #0049a89c
 def check_model(
     model:nn.Module,    # About to be trained privately
 ) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PoissonSampler', 'fetch_rows', 'PoissonDL', 'train_rows', 'loader_bs']
 
-# %% ../../nbs/40c_dp.sample.ipynb #f37fc7ff
+# %% ../../nbs/40c_dp.sample.ipynb #17b729ea
 import numpy as np
 import pandas as pd
 import torch
@@ -15,17 +15,17 @@ from fastai.torch_core import to_device
 from fastcore.basics import GetAttr
 from ..core import ConfigError
 
-# %% ../../nbs/40c_dp.sample.ipynb #8bbbd28a
+# %% ../../nbs/40c_dp.sample.ipynb #1494a047
 class PoissonSampler:
     "Draw rows: each unit with probability `rate`, one row of each drawn unit"
     def __init__(self,
-        units,            # Unit of each training row: patient ids, or None when each row is its own unit
+        units:np.ndarray, # Unit of each training row: patient ids; None: each row is its own unit
         n_rows:int,       # Number of training rows
         bs:int,           # Expected batch size
         seed:int=None,    # None: from the operating system's entropy. A fixed seed is for tests only
     ):
         units = np.arange(n_rows) if units is None else np.asarray(units)
-        if len(units) != n_rows: raise ConfigError(f'patients has {len(units)} ids for {n_rows} rows: give one id per row')
+        if len(units) != n_rows: raise ConfigError(f'patients has {len(units)} ids, not {n_rows}: give one id per row')
         if pd.isna(units).any(): raise ConfigError("patients has missing ids: drop those rows, or use unit='image'")
         _, inverse, self.counts = np.unique(units.astype(str), return_inverse=True, return_counts=True)
         self.rows   = np.argsort(inverse, kind='stable')
@@ -45,10 +45,10 @@ class PoissonSampler:
         unit = np.flatnonzero(self.rng.random(self.n_units) < self.rate)
         return self.rows[self.starts[unit] + (self.rng.random(len(unit))*self.counts[unit]).astype(int)]
 
-# %% ../../nbs/40c_dp.sample.ipynb #95ac120f
+# %% ../../nbs/40c_dp.sample.ipynb #2640fd0e
 def fetch_rows(
-    dl,              # `RecordsDL`, fastai or torch data loader
-    rows,            # Row numbers; may be empty
+    dl:DataLoader,   # `RecordsDL`, fastai or torch data loader
+    rows:np.ndarray, # Row numbers; may be empty
 ) -> tuple:          # The batch, on the loader's device
     "Batch of the given rows, transformed as in training"
     rows = [int(i) for i in rows]
@@ -62,12 +62,12 @@ def fetch_rows(
 
 def _first_none(o): return type(o)(_first_none(v) for v in o) if isinstance(o, (tuple,list)) else o[:0]
 
-# %% ../../nbs/40c_dp.sample.ipynb #e6b6dc9e
+# %% ../../nbs/40c_dp.sample.ipynb #bc68b140
 class PoissonDL(GetAttr):
     "Stands in for a training loader during private training; everything but the draws is the loader's"
     _default = 'dl'
     def __init__(self,
-        dl,                        # The training loader
+        dl:DataLoader,             # The training loader
         sampler:PoissonSampler,    # What to draw
         n_steps:int,               # Batches in one pass
     ):
@@ -77,19 +77,19 @@ class PoissonDL(GetAttr):
         for _ in range(self.n_steps): yield fetch_rows(self.dl, self.sampler.draw())
 
 def train_rows(
-    dl,          # A training loader
-) -> int:        # Number of rows it draws from
+    dl:DataLoader, # A training loader, fastai's or torch's
+) -> int:          # Number of rows it draws from
     "Count the rows of a loader, refusing one that cannot be drawn from by row"
     if isinstance(dl, (PartialDL, WeightedDL)):
-        raise ConfigError(f'{type(dl).__name__} changes the chance of a row, but private training draws: use a plain loader')
+        raise ConfigError(f'{type(dl).__name__} draws rows its own way: use a plain loader')
     ds = getattr(dl, 'dataset', None)
     if not (hasattr(ds, '__len__') and hasattr(ds, '__getitem__')):
         raise ConfigError(f'{type(dl).__name__} has no data set that can be read by row number')
     return len(ds)
 
 def loader_bs(
-    dl,          # A training loader
-) -> int:        # Its batch size
+    dl:DataLoader, # A training loader, fastai's or torch's
+) -> int:          # Its batch size
     "Batch size of a loader: the expected logical batch"
     bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
     if not bs: raise ConfigError('the training loader has no batch size: make it with bs=')
