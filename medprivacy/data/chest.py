@@ -6,17 +6,17 @@
 __all__ = ['CHEST_FINDINGS', 'DEVICES', 'soft_step', 'bump', 'dome', 'random_pose', 'body_grid', 'smooth_field', 'draw_strokes',
            'branch', 'chest_body', 'draw_chest']
 
-# %% ../../nbs/01c_data.chest.ipynb #5143a0d4
+# %% ../../nbs/01c_data.chest.ipynb #d3f7a661
 import math
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from ..core import ConfigError
 
-# %% ../../nbs/01c_data.chest.ipynb #dcb4e840
+# %% ../../nbs/01c_data.chest.ipynb #8081e760
 def soft_step(
     d:np.ndarray,     # Signed distance, positive inside
     w:float,          # Half-width of the transition
@@ -39,7 +39,7 @@ def dome(
     "Path length of a ray through a ball"
     return np.sqrt(np.maximum(1-r2, 0))
 
-# %% ../../nbs/01c_data.chest.ipynb #7a6592b4
+# %% ../../nbs/01c_data.chest.ipynb #b0e13a58
 def random_pose(
     rng:np.random.Generator,    # Source of the draw
     zoom:float=1.,              # Mean magnification
@@ -63,7 +63,7 @@ def body_grid(
     u,v = g[None]-np.float32(t[0]),g[:,None]-np.float32(t[1])
     return m[0,0]*u+m[0,1]*v, m[1,0]*u+m[1,1]*v
 
-# %% ../../nbs/01c_data.chest.ipynb #a01a18ae
+# %% ../../nbs/01c_data.chest.ipynb #39a6e882
 def smooth_field(
     grid:np.ndarray,    # Random values (n,n) over [-1.2,1.2]²
     x:np.ndarray,       # Body coordinate
@@ -83,15 +83,15 @@ def draw_strokes(
     k   = max(2, -(-128//size)); s = size*k
     img = Image.new('L', (s, s)); pen = ImageDraw.Draw(img)
     R,t = pose
-    pts = ((np.concatenate([p for p,_,_ in lines])@R.T+t+1)*(.5*s)).tolist()
+    pts = ((np.concatenate([p for p,_,_ in lines])@R.T+t+1)*(.5*s)).ravel().tolist()
     i   = 0
     for p,w,v in lines:
-        n = len(p)
-        pen.line([tuple(o) for o in pts[i:i+n]], fill=int(255*v), width=max(1, round(w*s)), joint='curve' if w*s>3 else None)
+        n = 2*len(p)
+        pen.line(pts[i:i+n], fill=int(255*v), width=max(1, round(w*s)), joint='curve' if w*s>5 else None)
         i += n
     return np.asarray(img.reduce(k), dtype=np.float32)*(1/255)
 
-# %% ../../nbs/01c_data.chest.ipynb #60e36d5f
+# %% ../../nbs/01c_data.chest.ipynb #c7225c61
 def branch(
     draw:iter,       # Yields standard normal numbers
     start:tuple,     # x, y
@@ -100,51 +100,52 @@ def branch(
     width:float,     # Of the stem
     level:float,     # Darkness of the stem, in [0,1]
     depth:int,       # Generations of branches below the stem
-    bend:float=.25,  # SD of the turn at each of four steps
+    bend:float=.25,  # SD of the turn at each of five steps, and of the curve of the whole
 ) -> list:           # Polylines for `draw_strokes`, stem first
     "Grow a vessel with its branches"
     x,y,a,pts = *start,angle,[start]
-    for _ in range(4):
-        a += bend*next(draw); x += length/4*math.cos(a); y += length/4*math.sin(a); pts.append((x, y))
+    curl = .5*bend*next(draw)
+    for _ in range(5):
+        a += curl+.6*bend*next(draw); x += length/5*math.cos(a); y += length/5*math.sin(a); pts.append((x, y))
     out = [(np.array(pts), width, level)]
-    for i,sgn in ((2,-1), (3,1)) if depth else ():
+    for i,sgn in ((2,-1), (4,1)) if depth else ():
         turn,short = .5+.12*next(draw),.68+.07*next(draw)
         out += branch(draw, pts[i], a+sgn*turn, length*short, width*.66, level*.72, depth-1, bend)
     return out
 
-# %% ../../nbs/01c_data.chest.ipynb #d43418de
+# %% ../../nbs/01c_data.chest.ipynb #01a8b69a
 def chest_body(
     rng:np.random.Generator,    # Source of the draw
 ) -> dict:                      # z (32,), coarse, fine: grids, vessels: polylines, side: -1 or 1, spots: (x, y, radius)
     "Draw the anatomy of one person"
     draw,ves = iter(rng.normal(size=2000).tolist()),[]
     for side in (-1, 1):
-        for ang in (-1.3, -.75, -.2, .3, .75, 1.2):
+        for ang in (-1.25, -.6, 0., .6, 1.15):
             a = ang+.15*next(draw)
-            ves += branch(draw, (side*.19, -.05+.03*side), a if side>0 else math.pi-a, .34+.05*next(draw), .020, .8, 2)
+            ves += branch(draw, (side*.19, -.05+.03*side), a if side>0 else math.pi-a, .34+.05*next(draw), .015, .7, 2, .18)
     sides = rng.choice([-1, 1], rng.integers(1, 4)).tolist()
     spots = [(sd*rng.uniform(.35, .75), rng.uniform(-.45, .30), rng.uniform(.12, .20)) for sd in sides]
     return dict(z=rng.normal(size=32), coarse=rng.normal(size=(9,9)).astype(np.float32), fine=rng.normal(size=(33,33)).astype(np.float32),
                 vessels=sorted(ves, key=lambda o: o[2]), side=int(rng.choice([-1, 1])), spots=spots)
 
-# %% ../../nbs/01c_data.chest.ipynb #5c8dfc7c
+# %% ../../nbs/01c_data.chest.ipynb #4491f09e
 def _measures(z, n, sex, age, big):
     "Lengths in body units from the person's `z`, the picture's noise `n`, and the planted factors"
     m = SimpleNamespace(z=z, n=n, sex=sex, age=age)
-    m.cage = .665*(1+.045*z[0]-.055*sex+.01*age)                  # half-width of the rib cage
-    m.top,m.bot = -.80+.03*z[1]+.035*sex+.03*age, .50+.05*z[2]-.05*sex-.05*age+.03*n[0]
-    m.wall = .11+.04*math.exp(.5*z[3])+.03*sex                    # keeps the outline, hence the dark background, alike in both sexes
-    m.shoulder = .93*(1+.03*z[4]-.05*sex+.02*n[3])
+    m.cage = .665*(1+.05*z[0]-.032*sex+.01*age)                  # half-width of the rib cage
+    m.top,m.bot = -.80+.03*z[1]+.02*sex+.03*age, .50+.05*z[2]-.028*sex-.05*age+.03*n[0]
+    m.wall = .11+.04*math.exp(.5*z[3])+.018*sex                   # keeps the outline, hence the dark background, alike in both sexes
+    m.shoulder = .93*(1+.03*z[4]-.028*sex+.02*n[3])
     m.heart = .27*(1+.07*z[5]+.07*age+.02*sex)*(1+.75*big)
     m.knob = .10*(1+.12*z[6])*(1+.35*age)
     m.gap = .160*(1+.05*z[7]-.10*age)                             # distance of two ribs
     m.tilt = .18+.05*z[8]+.07*age-.03*sex
-    m.breast = max(0., sex)*(.8+.25*z[9])
+    m.breast = max(0., sex)*max(.05, .48+.28*z[9])
     m.joint = (m.shoulder*.93, -.47)
     m.arm = (.36+.04*z[10]+.06*n[4], .95)
     return m
 
-# %% ../../nbs/01c_data.chest.ipynb #c2307408
+# %% ../../nbs/01c_data.chest.ipynb #9d7247e4
 def _soft_tissue(c, m):
     "Torso, neck, shoulders and arms; sets the outline `c.B`"
     z,ax,y = m.z,c.ax,c.y
@@ -158,24 +159,24 @@ def _soft_tissue(c, m):
     parts = ((k*p)**2 for k,p in ((1, torso), (.8, neck), (.85, arm), (.9, sho)))
     return sum(p*p for p in parts)**.25*(.62+.15*m.wall)
 
-# %% ../../nbs/01c_data.chest.ipynb #89e2b8ce
+# %% ../../nbs/01c_data.chest.ipynb #2c330d1e
 def _lungs(c, m):
     "Air, which takes tissue away; sets masks of rib cage, lungs and diaphragm for the other parts"
     z,ax,y = m.z,c.ax,c.y
     k     = m.cage/.665
     c.t   = np.clip((y-m.top)*(1/(m.bot+.12-m.top)), 0, 1.4)
-    c.W   = m.cage*(1-np.clip(1-c.t*(1+.05*m.age), 0, 1)**2.9)**.5*(1-.05*np.clip(c.t-.75, 0, 1))
-    rel   = (ax-np.where(c.left, np.float32(.40*k), np.float32(.36*k)))*(1/(.40*k))
-    low   = np.where(c.left, np.float32(m.bot), np.float32(m.bot-.06-.02*z[11]))
-    c.above = soft_step(low-.05+(.10+.025*z[12])*rel*rel+.18*np.clip(rel-.25, 0, 1)**2-y, c.e)
+    c.W   = m.cage*(1-np.clip(1-c.t*(1+.05*m.age), 0, 1)**3.4)**.5*(1-.05*np.clip(c.t-.75, 0, 1))
+    rel   = (ax-(.36+.04*c.left)*k)*(1/(.40*k))
+    low   = m.bot-(.06+.02*z[11])*(1-c.left)
+    c.above = soft_step(low-.05+(.10+.025*z[12])*rel*rel+.34*np.clip(rel-.2, 0, 1)**2-y, c.e)
     c.med = .115+.012*z[13]+.03*bump(y-m.top+.02, .2)+.02*np.clip(y, 0, 1)
-    c.inside = soft_step(c.W-ax, c.e*1.1)*soft_step(y-m.top-.01-4.5*np.clip(.30*k-ax, 0, 1)**2.2, c.e*2)
+    c.inside = soft_step(c.W-ax, c.e*1.1)*soft_step(y-m.top-.01-4.5*np.clip(.33*k-ax, 0, 1)**2, c.e*2)
     c.lung = c.inside*soft_step(ax-c.med*.9, .06)*c.above
     c.q   = np.clip(ax/np.maximum(c.W, .05), 0, 1)
     c.tex = smooth_field(c.body['coarse'], c.x, y)*.10+smooth_field(c.body['fine'], c.x, y)*.07
     return -.44*c.lung*(.5+.5*dome(c.q*c.q))*(1+.15*c.tex)
 
-# %% ../../nbs/01c_data.chest.ipynb #5ff0fe78
+# %% ../../nbs/01c_data.chest.ipynb #9fe0c62f
 def _ribs(c, m):
     "Ribs behind (steep, with bright rims) and in front (wide, faint), and the rim of the cage"
     z,q,y = m.z,c.q,c.y
@@ -189,22 +190,22 @@ def _ribs(c, m):
     fore = soft_step(half*1.15-front, max(c.e, .016))*soft_step(q-.42, .12)
     return (.075*rib+.05*fore)*cage + .08*bump(c.ax-c.W-.012, .03)*soft_step(y-m.top-.12, .08)*soft_step(m.bot+.12-y, .1)
 
-# %% ../../nbs/01c_data.chest.ipynb #4ddc873a
+# %% ../../nbs/01c_data.chest.ipynb #88304cf1
 def _centre(c, m):
     "Mediastinum, spine, windpipe, aorta"
     z,x,y = m.z,c.x,c.y
     c.core = soft_step(c.med*1.2-c.ax, .06)
     bent = x-.02*z[18]*np.sin(2.2*y)*(1+.8*max(m.age, 0))
-    A  = .12*soft_step(c.med-c.ax, .035)*soft_step(y+.95, .2)
-    A += soft_step(.08-np.abs(bent), .03)*(.055+.018*np.sin((y/.125+z[19])*(2*np.pi)))
+    A  = .10*soft_step(c.med-c.ax, .05)*soft_step(y+.95, .2)
+    A += soft_step(.08-np.abs(bent), .03)*(.034+.014*np.sin((y/.125+z[19])*(2*np.pi)))
     A -= .10*bump(x+.012-.02*(y+.6)*z[20], .045)*soft_step(-.20-y, .08)
     kx,c.ky = .075+.25*m.knob,-.33+.02*z[21]
     r  = np.hypot((x-kx)*(1/m.knob), (y-c.ky)*(1/(m.knob*1.15)))
     A += .13*soft_step(1-r, .15)*(1-.6*c.core)+.05*soft_step(.62*m.knob+.05-np.abs(x-.07), .03)*soft_step(y-c.ky, .05)
-    if m.age>0: A += .08*m.age*bump(r-.9, .13)*((y<c.ky+.03)&c.left)
+    if m.age>0: A += .08*m.age*bump(r-.9, .13)*(y<c.ky+.03)*c.left
     return A
 
-# %% ../../nbs/01c_data.chest.ipynb #073ed7c7
+# %% ../../nbs/01c_data.chest.ipynb #80a37d64
 def _heart(c, m):
     "Left and right heart and the outflow above them"
     x,y,h = c.x,c.y,m.heart
@@ -214,20 +215,20 @@ def _heart(c, m):
     ra  = ((x+.06)*(1/(h*.55)))**2+((y-hy-.01)*(1/(h*.85)))**2
     out = ((x-.07)*(1/.13))**2+((y-c.ky-.24)*(1/.24))**2
     hm  = np.maximum(np.maximum(soft_step(1-r2, .17), soft_step(1-ra, .17)), .7*soft_step(1-out, .6))
-    return .26*hm*(.75+.25*dome(r2))*c.above*(1-.55*c.core)
+    return .34*hm*(.75+.25*dome(r2))*c.above*(1-.40*c.core)
 
-# %% ../../nbs/01c_data.chest.ipynb #f85d65f7
+# %% ../../nbs/01c_data.chest.ipynb #a2b2d943
 def _belly(c, m):
     "Liver and stomach under the domes, with the stomach's gas"
     z,y = m.z,c.y
     below = (1-c.above)*np.maximum(soft_step(c.W*1.02-c.ax, .05), soft_step(y-m.bot-.22, .12))*soft_step(c.B-.03-c.ax, .06)
-    A   = .22*below*np.where(c.left, np.float32(.93), np.float32(1))
+    A   = .22*below*(1-.07*c.left)*(1-.55*c.core)
     gas = z[22]+.5*m.n[1]
     if gas<-.3: return A
     r   = np.hypot((c.x-.33-.04*z[23])*(1/.14), (y-m.bot-.08)*(1/.065))
     return A-.13*min(1.4, 1+.3*gas)*soft_step(1-r, .2)*(1-c.above)
 
-# %% ../../nbs/01c_data.chest.ipynb #764f8128
+# %% ../../nbs/01c_data.chest.ipynb #c1bc1f8c
 def _chest_wall(c, m):
     "Breast shadows with a sharper lower edge, or the muscle of a man's chest wall"
     z,ax,y = m.z,c.ax,c.y
@@ -237,7 +238,7 @@ def _chest_wall(c, m):
     r2  = ((ax-.42*m.cage/.665)*(1/(.29+.03*z[25])))**2+((y-by)*(1/(.27+.03*z[25])))**2
     return .155*m.breast*dome(r2)*(1+.25*soft_step(y-by, .15))
 
-# %% ../../nbs/01c_data.chest.ipynb #8cc3d959
+# %% ../../nbs/01c_data.chest.ipynb #2812ef07
 def _bones(c, m):
     "Collar bones, shoulder blades and upper arms; then the vessels of the lungs"
     (px,py),(dx,dy) = m.joint,m.arm
@@ -246,18 +247,18 @@ def _bones(c, m):
         def at(*p): return np.array(p)*[sd, 1]
         lines += [(at((px, py-.03), (px+dx, py+dy)), .11, .42),
                   (at((px-.02, -.5), (.70*k, -.42), (.66*k, -.2), (.70*k, .02)), .02, .35),
-                  (at((.58*k, -.60+h), (.72*k, -.60), (.84*k, -.56)), .035, .4),
-                  (at((.09, -.62), (.24, -.655+h/2), (.42, -.70+h), (.58*k, -.735+h), (.70*k, -.73+h), (.80*k, -.69+h)), .042, .75)]
+                  (at((.09, -.62), (.24, -.655+h/2), (.42, -.70+h), (.58*k, -.735+h), (.72*k, -.73+h), (.86*k, -.68+h), (.93*k, -.60)), .045, .85)]
     head = soft_step(1-((c.ax-px+.01)**2+(c.y-py+.05)**2)*(1/.0144), .5)
     ves  = draw_strokes(c.size, c.body['vessels'], c.pose)
-    return .13*draw_strokes(c.size, lines, c.pose)+.09*head+.13*ves*c.lung*(1-.5*c.q)
+    bone = gaussian_filter(draw_strokes(c.size, lines, c.pose), .005*c.size)
+    return .17*bone+.09*head+.13*ves*c.lung*(1-.5*c.q)
 
-# %% ../../nbs/01c_data.chest.ipynb #382cfbc5
+# %% ../../nbs/01c_data.chest.ipynb #f1caf500
 def _effusion(c, m, sev):
     "Fluid with a curved level on the side that the person's anatomy names; severe ones reach the other side"
     level = m.bot+.15-.10*sev-.42*sev**1.3-.24*c.q**3
-    where = np.where(c.left==(c.body['side']>0), np.float32(1), np.float32(0 if sev<.75 else .35))
-    return .36*soft_step(c.y-level, .045)*c.inside*where*soft_step(c.ax-.12, .05)*c.above
+    here  = c.left if c.body['side']>0 else 1-c.left
+    return .36*soft_step(c.y-level, .045)*c.inside*(here+(1-here)*.35*(sev>.75))*soft_step(c.ax-.12, .05)*c.above
 
 def _opacity(c, m, sev):
     "Clouds at the spots that the person's anatomy names"
@@ -267,12 +268,17 @@ def _opacity(c, m, sev):
         A = A+(.12+.20*sev)*np.exp(-1.3*w*w*((c.x-ox*m.cage)**2+(c.y-oy)**2))*c.lung*(1+2*c.tex)
     return A
 
-# %% ../../nbs/01c_data.chest.ipynb #6ba06de6
+# %% ../../nbs/01c_data.chest.ipynb #c9411694
 CHEST_FINDINGS = ('cardiomegaly', 'effusion', 'opacity')
-DEVICES = dict(A=dict(gamma=1., grain=.010, vignette=0., blur=0.), B=dict(gamma=.85, grain=.016, vignette=.12, blur=0.),
-               C=dict(gamma=1.2, grain=.025, vignette=.05, blur=0.))
+DEVICES = dict(A=dict(gamma=1., grain=.007, vignette=0.), B=dict(gamma=.85, grain=.013, vignette=.12),
+               C=dict(gamma=1.2, grain=.020, vignette=.05))
 _RANKS  = np.array([0, .05, .15, .3, .45, .6, .75, .9, 1.])
 _GREYS  = np.array([.16, .25, .33, .42, .53, .64, .76, .88, .97])
+
+def _marker(size, u):
+    "The lead letter L beside the patient's left shoulder"
+    at = np.array([.80+.10*u[0], -.88+.12*u[1]])
+    return draw_strokes(size, [(at+np.array([[0, 0], [0, .07], [.04, .07]]), .014, 1.)], (np.eye(2), np.zeros(2)))
 
 def _film(A, c, rng, dev, blend=.85):
     "Grey values (size,size) in [0,1] of the tissue map `A`"
@@ -286,10 +292,11 @@ def _film(A, c, rng, dev, blend=.85):
     line = grey[0]+(grey[-1]-grey[0])*(v-edge[0])*(1/(edge[-1]-edge[0]))
     v    = (blend*tone+(1-blend)*line)*np.clip(A*10, 0, 1)
     v    = .03+.04*u[0]+(.90+.06*u[1])*np.clip(v, 0, 1)**(math.exp(.22*n[2])*dev['gamma'])
+    if n[1]>-.8: v = np.maximum(v, .97*_marker(v.shape[0], u))
     v    = v+rng.standard_normal(v.shape, dtype=np.float32)*dev['grain']*(.5+.5*v)
     return v*(1-dev['vignette']*.5*(c.x*c.x+c.y*c.y))
 
-# %% ../../nbs/01c_data.chest.ipynb #4fb41316
+# %% ../../nbs/01c_data.chest.ipynb #aaa9ab9d
 def draw_chest(
     size:int,                   # Pixels per side, at least 16
     body:dict,                  # The person, from `chest_body`
@@ -306,7 +313,7 @@ def draw_chest(
     if odd or size<16: raise ConfigError(f'cannot draw findings {sorted(odd)} at size {size}; known: {CHEST_FINDINGS}; size >= 16')
     pose = random_pose(rng, zoom=1.15, scale=.055)
     x,y  = body_grid(size, pose)
-    c    = SimpleNamespace(size=size, body=body, pose=pose, x=x, y=y, ax=np.abs(x), left=x>0, e=max(.012, 1.1/size))
+    c    = SimpleNamespace(size=size, body=body, pose=pose, x=x, y=y, ax=np.abs(x), left=soft_step(x, .08), e=max(.012, 1.1/size))
     m    = _measures(np.clip(body['z'], -2.2, 2.2).tolist(), rng.normal(size=8).tolist(), sex, age, sev.get('cardiomegaly', 0))
     A    = sum(part(c, m) for part in (_soft_tissue, _lungs, _ribs, _centre, _heart, _belly, _chest_wall, _bones))
     if sev.get('effusion', 0): A = A+_effusion(c, m, sev['effusion'])
