@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resnet9', 'SmallResNet', 'create_classifier', 'make_private_ready']
 
-# %% ../../nbs/11_models.resnet.ipynb #bcc732de
+# %% ../../nbs/11_models.resnet.ipynb #651655aa
 import ast, copy, inspect, math, textwrap
 from collections import Counter
 from difflib import get_close_matches
@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from ..core import CheckpointError, ConfigError
 
-# %% ../../nbs/11_models.resnet.ipynb #942b8202
+# %% ../../nbs/11_models.resnet.ipynb #5b1afe37
 class _Block(BasicBlock):
     "torchvision's basic block with the residual sum out of place"
     def forward(self, x):
@@ -39,7 +39,7 @@ def _replace(model, name, new):
     parent, _, leaf = name.rpartition('.')
     setattr(model.get_submodule(parent), leaf, new)
 
-# %% ../../nbs/11_models.resnet.ipynb #fac0bef6
+# %% ../../nbs/11_models.resnet.ipynb #bda0e983
 def _set_in_channels(model, in_channels, keep=False):
     "Replace the first convolution by one for `in_channels`; `keep` carries its weights over"
     name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
@@ -52,13 +52,17 @@ def _set_in_channels(model, in_channels, keep=False):
     _replace(model, name, new)
     return model
 
+def _check_sizes(n_out, in_channels):
+    if n_out < 1 or in_channels < 1:
+        raise ConfigError(f'n_out and in_channels must be at least 1, got {n_out} and {in_channels}')
+
 def _fit_in_channels(w, in_channels):
     "Weights (O,I,k,k) for another number of input channels: summed for grey, else repeated and rescaled"
     if in_channels == 1: return w.sum(1, keepdim=True)
     i = w.shape[1]
     return w.repeat(1, math.ceil(in_channels/i), 1, 1)[:, :in_channels] * (i/in_channels)
 
-# %% ../../nbs/11_models.resnet.ipynb #1ef0e0cb
+# %% ../../nbs/11_models.resnet.ipynb #12dca42a
 def resnet9(
     n_out:int,             # Number of logits
     act:str='mish',        # 'mish' (published) or 'relu'
@@ -66,13 +70,13 @@ def resnet9(
 ) -> nn.Module:            # (B,C,H,W) → logits (B,n_out)
     "Build DP_CXR's ResNet-9 with GroupNorm(32)"
     if act not in _ACTS: raise ConfigError(f"act must be one of {list(_ACTS)}, got {act!r}")
-    if n_out < 1 or in_channels < 1: raise ConfigError(f'n_out and in_channels must be at least 1, got {n_out} and {in_channels}')
+    _check_sizes(n_out, in_channels)
     model = _ResNet9(_Block, [1,1,1,1], num_classes=n_out, norm_layer=lambda c: nn.GroupNorm(32, c))
     for name, m in list(model.named_modules()):
         if isinstance(m, nn.ReLU): _replace(model, name, _ACTS[act]())
     return _set_in_channels(model, in_channels)
 
-# %% ../../nbs/11_models.resnet.ipynb #37b3fc5e
+# %% ../../nbs/11_models.resnet.ipynb #e06cd494
 class SmallResNet(nn.Module):
     "A CIFAR-style ResNet with GroupNorm, fast on a CPU"
     def __init__(self,
@@ -96,7 +100,8 @@ class SmallResNet(nn.Module):
             stages.append(_stage(c, width * 2**i, n, 1 if i == 0 else 2, act))
             c = width * 2**i
         self.layers = nn.Sequential(*stages)
-        self.fc = nn.Sequential(nn.Linear(c, hidden), nn.ReLU(), nn.Linear(hidden, n_out)) if hidden else nn.Linear(c, n_out)
+        self.fc = nn.Linear(c, n_out)
+        if hidden: self.fc = nn.Sequential(nn.Linear(c, hidden), nn.ReLU(), nn.Linear(hidden, n_out))
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
 
@@ -108,32 +113,37 @@ class SmallResNet(nn.Module):
 
     def forward(self, x): return self.fc(self.features(x).mean((-2, -1)))
 
-# %% ../../nbs/11_models.resnet.ipynb #ee435e34
+# %% ../../nbs/11_models.resnet.ipynb #291cdd44
 def _group_norm(c): return nn.GroupNorm(math.gcd(8, c), c)
 
 def _stage(c_in, c_out, n, stride, act):
     "`n` blocks of which the first changes width and resolution"
     def block(c, s):
-        down = None if s == 1 and c == c_out else nn.Sequential(nn.Conv2d(c, c_out, 1, s, bias=False), _group_norm(c_out))
+        down = None
+        if s != 1 or c != c_out: down = nn.Sequential(nn.Conv2d(c, c_out, 1, s, bias=False), _group_norm(c_out))
         b = _Block(c, c_out, s, down, norm_layer=_group_norm)
         b.relu = _ACTS[act]()
         return b
     return nn.Sequential(*[block(c_in if i == 0 else c_out, stride if i == 0 else 1) for i in range(n)])
 
-# %% ../../nbs/11_models.resnet.ipynb #a13b4b2b
+# %% ../../nbs/11_models.resnet.ipynb #044c8f11
 def _read_state(path):
     "State dict of a .safetensors, .pt or .pth file"
     path = Path(path)
-    if not path.is_file(): raise CheckpointError(f'no weights at {str(path)!r}; give the path of a .pth, .pt or .safetensors file')
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise CheckpointError(f'{path.name} cannot be read as weights ({e}); save a state_dict') from e
+    if not path.is_file():
+        raise CheckpointError(f'no weights at {str(path)!r}; give the path of a .pth, .pt or .safetensors file')
+    try:
+        if path.suffix == '.safetensors': state = load_file(path)
+        else: state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise CheckpointError(f'{path.name} cannot be read as weights ({e}); save a state_dict') from e
     for key in 'state_dict', 'model':
         if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f'{path.name} holds no state_dict; save model.state_dict()')
     return {k.removeprefix('module.'): v for k, v in state.items()}
 
-# %% ../../nbs/11_models.resnet.ipynb #3ddaf9bb
+# %% ../../nbs/11_models.resnet.ipynb #ea89b7ab
 _AUX = ('aux1.', 'aux2.', 'AuxLogits.')     # side heads of GoogLeNet and Inception, which we do not build
 
 def _load_into(model, state, source):
@@ -143,14 +153,17 @@ def _load_into(model, state, source):
     if conv in state and state[conv].shape[1] != own[conv].shape[1]:
         state = {**state, conv: _fit_in_channels(state[conv], own[conv].shape[1])}
     *_, head = (n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-    drop = [k for k in state if k.startswith(_AUX) or k.rpartition('.')[0] == head and k in own and state[k].shape != own[k].shape]
+    fits  = lambda k: k in own and k in state and state[k].shape == own[k].shape
+    drop  = [k for k in state if k.startswith(_AUX) or k.rpartition('.')[0] == head and k in own and not fits(k)]
+    bad   = [k for k in {**own, **state} if not fits(k) and k not in drop]
+    if bad:
+        raise CheckpointError(f'{source} does not fit this network: {len(bad)} entries differ, first {bad[:3]}; '
+                              'is it the same arch?')
     state = {k: v for k, v in state.items() if k not in drop}
-    bad = [k for k in own if k not in state and k not in drop] + [k for k in state if k not in own or state[k].shape != own[k].shape]
-    if bad: raise CheckpointError(f'{source} does not fit this network: {len(bad)} entries differ, first {bad[:3]}; is it the same arch?')
     model.load_state_dict(state, strict=False)
     return model
 
-# %% ../../nbs/11_models.resnet.ipynb #e6f9e5a6
+# %% ../../nbs/11_models.resnet.ipynb #b86eb25c
 def _tv_names(): return torchvision.models.list_models(module=torchvision.models)
 
 def _torchvision(arch, n_out, in_channels, pretrained):
@@ -164,10 +177,11 @@ def _timm(arch, n_out, in_channels, pretrained):
     import timm     # two seconds, spared to all who do not use it
     if not timm.is_model(arch):
         near = get_close_matches(arch, ['resnet9', 'small_resnet', *_tv_names(), *timm.list_models()], n=5)
-        raise ConfigError(f'unknown arch {arch!r}; ' + (f'near names: {", ".join(near)}' if near else "try 'resnet9' or 'resnet18'"))
+        near = f'near names: {", ".join(near)}' if near else "try 'resnet9' or 'resnet18'"
+        raise ConfigError(f'unknown arch {arch!r}; {near}')
     return timm.create_model(arch, num_classes=n_out, in_chans=in_channels, pretrained=pretrained is True)
 
-# %% ../../nbs/11_models.resnet.ipynb #1e36c492
+# %% ../../nbs/11_models.resnet.ipynb #928e1390
 _OURS = {'resnet9': lambda n_out, c: resnet9(n_out, in_channels=c), 'small_resnet': SmallResNet}
 
 def create_classifier(
@@ -177,10 +191,11 @@ def create_classifier(
     pretrained:bool|str|Path=False,  # True: download; a path: weights from that file
 ) -> nn.Module:                      # (B,C,H,W) in [0,1] → logits (B,n_out)
     "Build a classifier by name"
-    if n_out < 1 or in_channels < 1: raise ConfigError(f'n_out and in_channels must be at least 1, got {n_out} and {in_channels}')
+    _check_sizes(n_out, in_channels)
     state = _read_state(pretrained) if isinstance(pretrained, (str, Path)) else None
     if arch in _OURS:
-        if pretrained is True: raise ConfigError(f'{arch} has no published weights; use pretrained=False or the path of a file')
+        if pretrained is True:
+            raise ConfigError(f'{arch} has no published weights; use pretrained=False or the path of a file')
         model = _OURS[arch](n_out, in_channels)
     else:
         build = _torchvision if arch in _tv_names() else _timm
@@ -188,11 +203,12 @@ def create_classifier(
         except (ConfigError, CheckpointError): raise
         except Exception as e:
             if pretrained is not True: raise
-            raise CheckpointError(f"weights of {arch} cannot be had here ({type(e).__name__}: {e}); fetch them on another machine "
-                                  "and give pretrained='path/to/file.pth', or use pretrained=False") from e
+            raise CheckpointError(f"weights of {arch} cannot be had here ({type(e).__name__}: {e}); "
+                                  "fetch them on another machine and give pretrained='path/to/file.pth', "
+                                  "or use pretrained=False") from e
     return model if state is None else _load_into(model, state, str(pretrained))
 
-# %% ../../nbs/11_models.resnet.ipynb #1b32bea6
+# %% ../../nbs/11_models.resnet.ipynb #bb654830
 class _OutOfPlace(ast.NodeTransformer):
     "Edit a syntax tree; `done` lists the statements that were changed"
     def __init__(self): self.done = []
@@ -221,7 +237,7 @@ def _out_of_place(func):
     new.__defaults__, new.__kwdefaults__ = func.__defaults__, func.__kwdefaults__
     return new, tuple(dict.fromkeys(edit.done))
 
-# %% ../../nbs/11_models.resnet.ipynb #796aa3a9
+# %% ../../nbs/11_models.resnet.ipynb #8daf64ef
 def _is_foreign(cls):
     "Is this code neither torch's nor ours, hence perhaps written with in-place sums?"
     return not (cls is object or cls.__module__.startswith(('torch.nn', 'torch.ao')) or cls.__module__ == __name__)
@@ -246,10 +262,11 @@ def _as_group_norm(bn):
     if bn.affine:
         gn.to(bn.weight.device, bn.weight.dtype).load_state_dict({'weight': bn.weight.data, 'bias': bn.bias.data})
         for new, old in zip(gn.parameters(), bn.parameters()): new.requires_grad_(old.requires_grad)
-    after = [o for o in (getattr(bn, 'drop', None), getattr(bn, 'act', None)) if o is not None and not isinstance(o, nn.Identity)]
+    after = [getattr(bn, 'drop', nn.Identity()), getattr(bn, 'act', nn.Identity())]
+    after = [o for o in after if not isinstance(o, nn.Identity)]
     return nn.Sequential(gn, *after) if after else gn
 
-# %% ../../nbs/11_models.resnet.ipynb #de62c59a
+# %% ../../nbs/11_models.resnet.ipynb #07fa7503
 def make_private_ready(
     model:nn.Module,    # Any classifier; left as it is
 ) -> tuple[nn.Module, list[str]]:    # A converted copy; what was changed, one line each (empty: nothing)
@@ -259,7 +276,8 @@ def make_private_ready(
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             new = _as_group_norm(m)
             gn  = new if isinstance(new, nn.GroupNorm) else new[0]
-            changes.append(f'{name or "model"}: {type(m).__name__}({m.num_features}) → GroupNorm({gn.num_groups}, {gn.num_channels})')
+            old = f'{type(m).__name__}({m.num_features})'
+            changes.append(f'{name or "model"}: {old} → GroupNorm({gn.num_groups}, {gn.num_channels})')
             if name: _replace(model, name, new)
             else: model = new
         elif isinstance(m, nn.modules.instancenorm._InstanceNorm) and m.track_running_stats:

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['limit_l1', 'dct2', 'idct2', 'Viewmaker']
 
-# %% ../../nbs/10_models.viewmaker.ipynb #48a86338
+# %% ../../nbs/10_models.viewmaker.ipynb #e19116df
 import math
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/10_models.viewmaker.ipynb #06e767fe
+# %% ../../nbs/10_models.viewmaker.ipynb #3fc599c6
 class _Conv(nn.Module):
     "Reflection padding and a convolution, after nearest upsampling if `up` > 1"
     def __init__(self, c_in, c_out, k, stride=1, up=1):
@@ -27,7 +27,7 @@ class _Conv(nn.Module):
         if self.up > 1: x = F.interpolate(x, scale_factor=self.up, mode='nearest')
         return self.conv2d(F.pad(x, self.pad, mode='reflect'))
 
-# %% ../../nbs/10_models.viewmaker.ipynb #d5bf42ed
+# %% ../../nbs/10_models.viewmaker.ipynb #7d1d0580
 class _ResBlock(nn.Module):
     "Two convolutions with instance norm, plus the input; no activation after the sum"
     def __init__(self, c):
@@ -37,7 +37,7 @@ class _ResBlock(nn.Module):
 
     def forward(self, x): return x + self.in2(self.conv2(F.relu(self.in1(self.conv1(x)))))
 
-# %% ../../nbs/10_models.viewmaker.ipynb #e296f1d8
+# %% ../../nbs/10_models.viewmaker.ipynb #7044b15c
 def limit_l1(
     y:torch.Tensor,    # (B,C,H,W), any range
     budget:float,      # Mean |Δ| per pixel of each image, in the units of the image
@@ -47,7 +47,7 @@ def limit_l1(
     t = torch.tanh(y)
     return t * budget / (t.abs().mean((1, 2, 3), keepdim=True) + eps)
 
-# %% ../../nbs/10_models.viewmaker.ipynb #42e88e91
+# %% ../../nbs/10_models.viewmaker.ipynb #7d93a304
 @lru_cache(maxsize=32)
 def _dct_matrix(n, inverse, dtype, device):
     with torch.inference_mode(False):     # a matrix first made in inference mode could not be trained through later
@@ -64,7 +64,7 @@ def _transform(x, inverse):
         h, w = (_dct_matrix(n, inverse, x.dtype, x.device) for n in x.shape[-2:])
         return h @ x @ w.T
 
-# %% ../../nbs/10_models.viewmaker.ipynb #9c641cfa
+# %% ../../nbs/10_models.viewmaker.ipynb #f13b52f4
 def dct2(
     x:torch.Tensor,    # (…,H,W)
 ) -> torch.Tensor:     # (…,H,W) coefficients, lowest frequency first
@@ -77,7 +77,7 @@ def idct2(
     "Invert `dct2`"
     return _transform(x, True)
 
-# %% ../../nbs/10_models.viewmaker.ipynb #796a8598
+# %% ../../nbs/10_models.viewmaker.ipynb #b76dc3a8
 _ACTS = {'relu': nn.ReLU, 'leaky_relu': nn.LeakyReLU}
 
 def _scaled(c, width): return max(8, 8*round(c*width/8))
@@ -86,20 +86,19 @@ class Viewmaker(nn.Module):
     "Add a random, learned perturbation of bounded mean size to images"
     def __init__(self,
         num_channels:int=3,             # 1 for grey, 3 for colour
-        distortion_budget:float=0.5,    # Mean |Δ| per pixel before clamping, in the units of the image (frequency mode: per coefficient)
+        distortion_budget:float=0.5,    # Mean |Δ| per pixel before clamping (frequency mode: per coefficient)
         activation:str='relu',          # 'relu' or 'leaky_relu', outside the residual blocks
         clamp:bool=True,                # Clamp the result to [0,1]
         frequency_domain:bool=False,    # See the DCT of the image and perturb its coefficients
-        downsample_to:int=False,        # Side of the square on which the perturbation is computed; False: the image's own size
+        downsample_to:int=False,        # Side of the square the network works on; False: the image's own size
         num_res_blocks:int=3,           # 0 to 5
         *,
         width:float=1.,                 # Factor on the number of channels; 1 is the published network
     ):
         super().__init__()
         _check_options(num_channels, distortion_budget, activation, downsample_to, num_res_blocks, width)
-        self.num_channels, self.distortion_budget, self.activation, self.clamp = num_channels, distortion_budget, activation, clamp
-        self.frequency_domain, self.downsample_to, self.num_res_blocks = frequency_domain, downsample_to, num_res_blocks
-        self.width, self.act = width, _ACTS[activation]()
+        store_attr()
+        self.act = _ACTS[activation]()
         a, b, c = (_scaled(o, width) for o in (32, 64, 128))
         norm = lambda n: nn.InstanceNorm2d(n, affine=True)
         self.conv1, self.in1 = _Conv(num_channels+1, a, 9), norm(a)
@@ -118,7 +117,7 @@ class Viewmaker(nn.Module):
         x = x + self.perturbation(x, generator)
         return x.clamp(0, 1) if self.clamp else x
 
-# %% ../../nbs/10_models.viewmaker.ipynb #fe634cd1
+# %% ../../nbs/10_models.viewmaker.ipynb #6b00a82f
 def _check_options(num_channels, budget, activation, downsample_to, num_res_blocks, width):
     if num_channels < 1: raise ConfigError(f'num_channels must be at least 1, got {num_channels}')
     if not (0 <= budget < math.inf): raise ConfigError(f'distortion_budget must be 0 or more, got {budget}')
@@ -130,13 +129,16 @@ def _check_options(num_channels, budget, activation, downsample_to, num_res_bloc
 
 def _check_images(x, channels, downsample_to):
     if x.ndim != 4 or x.shape[1] != channels:
-        raise ConfigError(f'expected images (B,{channels},H,W), got {tuple(x.shape)}; set num_channels={x.shape[1] if x.ndim == 4 else "…"}')
-    if not x.is_floating_point(): raise ConfigError(f'expected float images in [0,1], got {x.dtype}; divide bytes by 255')
+        raise ConfigError(f'expected images (B,{channels},H,W), got {tuple(x.shape)}'
+                          + (f'; set num_channels={x.shape[1]}' if x.ndim == 4 else ''))
+    if not x.is_floating_point():
+        raise ConfigError(f'expected float images in [0,1], got {x.dtype}; divide bytes by 255')
     h, w = x.shape[-2:]
     if not downsample_to and (h % 4 or w % 4 or min(h, w) < 8):
-        raise ConfigError(f'height and width must be multiples of 4 from 8 on, got {h}×{w}; resize, pad or set downsample_to')
+        raise ConfigError(f'height and width must be multiples of 4 from 8 on, got {h}×{w}; '
+                          'resize, pad or set downsample_to')
 
-# %% ../../nbs/10_models.viewmaker.ipynb #e52eda13
+# %% ../../nbs/10_models.viewmaker.ipynb #45a927d1
 def _with_noise(x, generator):
     "Append one channel of uniform noise"
     b, _, h, w = x.shape

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTACKS', 'ObfuscationLoss', 'AdversarialSimCLRLoss', 'AdversarialNCELoss']
 
-# %% ../../nbs/22_objectives.adversarial.ipynb #fb0987df
+# %% ../../nbs/22_objectives.adversarial.ipynb #9763c4a9
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +14,7 @@ from ..core import ConfigError
 from .contrast import MemoryBank, NCELoss, SimCLRLoss
 from .focal import FocalLoss, MultilabelFocalLoss
 
-# %% ../../nbs/22_objectives.adversarial.ipynb #6a9b748e
+# %% ../../nbs/22_objectives.adversarial.ipynb #3100dbac
 def _two_columns(logits):
     "Log-odds (B,) or (B,1) as logits (B,2); others unchanged"
     if logits.ndim == 2 and logits.shape[1] > 1: return logits
@@ -40,7 +40,7 @@ def _entropy(logits, y, attr_loss):
 
 ATTACKS = {'negative': _negative, 'confusion': _confusion, 'prior': _prior, 'entropy': _entropy}
 
-# %% ../../nbs/22_objectives.adversarial.ipynb #3332488e
+# %% ../../nbs/22_objectives.adversarial.ipynb #8620e68f
 class ObfuscationLoss(nn.Module):
     "Loss of a viewmaker that hides an attribute and keeps the disease"
     def __init__(self,
@@ -49,7 +49,7 @@ class ObfuscationLoss(nn.Module):
         use_disease:bool=True,         # False: the published X-ray form, in which nothing protects the disease
         *,
         attr_loss:nn.Module=None,      # Loss of the attribute for 'negative'; None: `FocalLoss()`
-        disease_loss:nn.Module=None,   # Loss of the disease; None: `MultilabelFocalLoss()` for labels (B,L), `FocalLoss()` for classes (B,)
+        disease_loss:nn.Module=None,   # None: multilabel focal loss for labels (B,L), focal for classes (B,)
     ):
         super().__init__()
         if attack not in ATTACKS: raise ConfigError(f'attack must be one of {list(ATTACKS)}, got {attack!r}')
@@ -68,7 +68,8 @@ class ObfuscationLoss(nn.Module):
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         hide   = self.weight * ATTACKS[self.attack](logits, attr.reshape(-1), self.attr_loss)
         if not self.use_disease: return hide, torch.zeros_like(hide)
-        if disease_logits is None or disease is None: raise ConfigError('use_disease=True needs disease_logits and disease')
+        if disease_logits is None or disease is None:
+            raise ConfigError('use_disease=True needs disease_logits and disease')
         many = disease.ndim == 2 or disease_logits.ndim < 2 or disease_logits.shape[1] == 1
         loss = self.disease_loss or (MultilabelFocalLoss() if many else FocalLoss())
         return hide, loss(disease_logits, disease)
@@ -76,7 +77,7 @@ class ObfuscationLoss(nn.Module):
     def forward(self, attr_logits, attr, disease_logits=None, disease=None):
         return sum(self.terms(attr_logits, attr, disease_logits, disease))
 
-# %% ../../nbs/22_objectives.adversarial.ipynb #627e9df1
+# %% ../../nbs/22_objectives.adversarial.ipynb #24d98048
 class AdversarialSimCLRLoss(SimCLRLoss):
     "SimCLR for the encoder, its negative for the viewmaker"
     def __init__(self,

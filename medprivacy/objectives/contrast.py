@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SimCLRLoss', 'MemoryBank', 'NCELoss']
 
-# %% ../../nbs/21_objectives.contrast.ipynb #13d90a95
+# %% ../../nbs/21_objectives.contrast.ipynb #f958047c
 import math
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/21_objectives.contrast.ipynb #d6a6e7e9
+# %% ../../nbs/21_objectives.contrast.ipynb #414fca31
 def _unit(z): return F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1)
 
 def _check_t(t):
@@ -31,13 +31,14 @@ class SimCLRLoss(nn.Module):
         self.t, self.push_only = t, push_only
 
     def forward(self, z1, z2):
-        if z1.shape != z2.shape or z1.ndim != 2: raise ConfigError(f'expected two (B,D) of equal shape, got {tuple(z1.shape)} and {tuple(z2.shape)}')
+        if z1.shape != z2.shape or z1.ndim != 2:
+            raise ConfigError(f'expected two (B,D) of equal shape, got {tuple(z1.shape)} and {tuple(z2.shape)}')
         if len(z1) == 0: return (z1.sum() + z2.sum()) * 0.
         z1, z2 = _unit(z1), _unit(z2)
         push = (z1 @ torch.cat((z1, z2)).T / self.t).logsumexp(1) - math.log(2*len(z1))
         return push.mean() if self.push_only else (push - (z1*z2).sum(1)/self.t).mean()
 
-# %% ../../nbs/21_objectives.contrast.ipynb #639959b8
+# %% ../../nbs/21_objectives.contrast.ipynb #1e608b55
 class MemoryBank(nn.Module):
     "One unit vector for each of `size` samples"
     def __init__(self,
@@ -64,7 +65,7 @@ class MemoryBank(nn.Module):
         new = m*self.rows[indices] + (1-m)*_unit(z).to(self.rows.dtype)
         self.rows[indices] = F.normalize(new, dim=1)
 
-# %% ../../nbs/21_objectives.contrast.ipynb #f52edbe0
+# %% ../../nbs/21_objectives.contrast.ipynb #fdfc1ddf
 class NCELoss(nn.Module):
     "InfoNCE of embeddings (B,D) against the bank; call with (indices, z)"
     def __init__(self,
@@ -83,8 +84,9 @@ class NCELoss(nn.Module):
         u    = _unit(z)
         rows = self.bank.rows.to(u.dtype)
         neg  = torch.randint(0, len(rows), (len(u), self.k), device=u.device)
-        # all products at once where the bank is small (a copy, as the update below writes into it), else only those drawn
-        s    = (u @ rows.clone().T).gather(1, neg) if len(rows) <= 4*self.k else torch.einsum('bd,bkd->bk', u, rows[neg])
+        # a small bank is multiplied whole (a copy, since the update writes into it), a large one by the rows drawn
+        if len(rows) <= 4*self.k: s = (u @ rows.clone().T).gather(1, neg)
+        else: s = torch.einsum('bd,bkd->bk', u, rows[neg])
         push = (s/self.t).logsumexp(1) - math.log(self.k)
         loss = (push - (u*rows[indices]).sum(1)/self.t).mean()
         if self.training: self.bank.update(indices, u.detach(), self.m)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FocalLoss', 'MultilabelFocalLoss', 'masked_bce', 'MaskedBCE', 'class_weights']
 
-# %% ../../nbs/20_objectives.focal.ipynb #cf682e75
+# %% ../../nbs/20_objectives.focal.ipynb #0a84732d
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/20_objectives.focal.ipynb #f9a03602
+# %% ../../nbs/20_objectives.focal.ipynb #0978f55f
 def _factor(p, gamma, detach=False):
     "(1-p)^γ, with or without its gradient; `p` given as log-probability"
     q = (-torch.expm1(p.detach() if detach else p)).clamp_min(1e-14)
@@ -20,7 +20,7 @@ def _factor(p, gamma, detach=False):
 
 def _widen(x): return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-def _weights(w): return None if w is None else torch.as_tensor(w, dtype=torch.float64, device='cpu')     # exact; cast where used
+def _weights(w): return None if w is None else torch.as_tensor(w, dtype=torch.float64, device='cpu')    # cast in use
 
 def _like(w, x): return w.to(x.dtype).to(x.device)
 
@@ -31,10 +31,11 @@ def _reduce(loss, valid, reduction):
     return loss.sum() if reduction == 'sum' else loss.sum() / valid.sum().clamp_min(1)
 
 def _check_reduction(gamma, reduction):
-    if reduction not in ('mean', 'sum', 'none'): raise ConfigError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction not in ('mean', 'sum', 'none'):
+        raise ConfigError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if not gamma >= 0: raise ConfigError(f'gamma must be 0 or more, got {gamma}')
 
-# %% ../../nbs/20_objectives.focal.ipynb #5e2875bc
+# %% ../../nbs/20_objectives.focal.ipynb #a3adb074
 class FocalLoss(nn.Module):
     "Focal loss of logits (B,C) and classes (B,); negative or NaN classes are left out"
     def __init__(self,
@@ -45,9 +46,9 @@ class FocalLoss(nn.Module):
     ):
         super().__init__()
         _check_reduction(gamma, reduction)
-        if alpha is not None and torch.as_tensor(alpha).ndim != 1: raise ConfigError(f'alpha must hold one weight for each class, got {alpha}')
-        self.gamma, self.reduction, self.detach = gamma, reduction, detach
-        self.alpha = _weights(alpha)
+        self.gamma, self.reduction, self.detach, self.alpha = gamma, reduction, detach, _weights(alpha)
+        if alpha is not None and self.alpha.ndim != 1:
+            raise ConfigError(f'alpha must hold one weight for each class, got {alpha}')
 
     def forward(self, logits, y):
         y = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
@@ -63,12 +64,13 @@ class FocalLoss(nn.Module):
     def activation(self, x): return x.softmax(-1)
     def decodes(self, x): return x.argmax(-1)
 
-# %% ../../nbs/20_objectives.focal.ipynb #2599eeea
+# %% ../../nbs/20_objectives.focal.ipynb #7c2ee789
 def _entries(logits, y):
     "Logits, targets and validity of equal shape (B,L)"
-    if logits.shape != y.shape and logits.numel() == y.numel() and (logits.ndim == 1 or logits.shape[1] == 1): y = y.reshape(logits.shape)
+    if logits.numel() == y.numel() and (logits.ndim == 1 or logits.shape[1] == 1): y = y.reshape(logits.shape)
     if logits.shape != y.shape:
-        raise ConfigError(f'logits and labels must have the same shape (B,L), got {tuple(logits.shape)} and {tuple(y.shape)}')
+        raise ConfigError(f'logits and labels must have the same shape (B,L), got {tuple(logits.shape)} and '
+                          f'{tuple(y.shape)}')
     logits, y = _widen(logits), y.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     valid = y >= 0
     return logits, torch.where(valid, y, 0.), valid
@@ -77,7 +79,7 @@ class MultilabelFocalLoss(nn.Module):
     "Focal loss of logits (B,L) and labels (B,L) in [0,1]; negative or NaN labels are left out"
     def __init__(self,
         gamma:float=2,             # Focus; 0 is the binary cross-entropy
-        alpha:float=None,          # Weight of positives (negatives: 1-alpha), or a list with one for each label; None: all 1
+        alpha:float=None,          # Weight of positives (negatives: 1-alpha), one or one for each label; None: all 1
         reduction:str='mean',      # 'mean' over the known entries, 'sum', or 'none'
         scale:float=1.,            # Factor on the result; 10 in the published form
     ):
@@ -98,7 +100,7 @@ class MultilabelFocalLoss(nn.Module):
     def activation(self, x): return x.sigmoid()
     def decodes(self, x): return x > 0
 
-# %% ../../nbs/20_objectives.focal.ipynb #3613d7b8
+# %% ../../nbs/20_objectives.focal.ipynb #7c9eda83
 def masked_bce(
     logits:torch.Tensor,              # (B,L) or (B,)
     y:torch.Tensor,                   # Same shape, 0/1 or soft; NaN or negative: unknown
@@ -108,7 +110,8 @@ def masked_bce(
     "Compute the binary cross-entropy over the known labels"
     logits, y, valid = _entries(logits, y)
     if pos_weight is not None: pos_weight = _like(_weights(pos_weight), logits)
-    return _reduce(F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight, reduction='none'), valid, reduction)
+    loss = F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight, reduction='none')
+    return _reduce(loss, valid, reduction)
 
 class MaskedBCE(nn.Module):
     "`masked_bce` as a module, ready for a fastai `Learner`"
@@ -124,7 +127,7 @@ class MaskedBCE(nn.Module):
     def activation(self, x): return x.sigmoid()
     def decodes(self, x): return x > 0
 
-# %% ../../nbs/20_objectives.focal.ipynb #c93be8da
+# %% ../../nbs/20_objectives.focal.ipynb #2239352b
 def class_weights(
     y:torch.Tensor,        # Classes (n,), negative: unknown; or labels (n,L) in {0,1}, NaN: unknown
     n_classes:int=None,    # Number of classes; None: the largest seen plus one
