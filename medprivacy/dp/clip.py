@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['ClippedBatch', 'sample_losses', 'clipped_batch', 'clipped_gradient', 'check_model']
 
-# %% ../../nbs/40a_dp.clip.ipynb #98a7f4c8
+# %% ../../nbs/40a_dp.clip.ipynb #17ff4826
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
-from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
 from opacus.grad_sample.grad_sample_module import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import nn
 from ..core import ConfigError, UnsupportedUnderDP
 
-# %% ../../nbs/40a_dp.clip.ipynb #87c55ef0
+# %% ../../nbs/40a_dp.clip.ipynb #8e0ae604
 _NOT_ZERO_PADDED = lambda m: getattr(m, 'padding_mode', 'zeros') != 'zeros'   # Opacus' rule pads with zeros only
 
 def _rule(module):
@@ -33,7 +33,12 @@ def _watched(module):
     if not _own_params(module) or _rule(module) is not ft_compute_per_sample_gradient:
         for m in module.children(): yield from _watched(m)
 
-# %% ../../nbs/40a_dp.clip.ipynb #0d2ccafa
+# %% ../../nbs/40a_dp.clip.ipynb #5a2151c6
+def _prepare(module):
+    try: prepare_layer(module)
+    except NotImplementedError as e:
+        raise UnsupportedUnderDP(f'{type(module).__name__} has buffers and no rule: freeze it') from e
+
 @contextmanager
 def _sample_grads(model, n):
     "While open, backward passes of `model` on `n` images fill the yielded dict: parameter → (n, *shape)"
@@ -54,13 +59,15 @@ def _sample_grads(model, n):
         inputs = [a.detach() for a in args if isinstance(a, torch.Tensor)]
         if out.requires_grad: out.register_hook(lambda g: collect(module, inputs, g.detach()))
     try:
+        for m in layers:   # Before our hooks: Opacus copies the layer, hooks included
+            if _rule(m) is ft_compute_per_sample_gradient: _prepare(m)
         handles += [m.register_forward_hook(watch) for m in layers]
         yield grads
     finally:
         for h in handles: h.remove()
         for m in layers: m.__dict__.pop('ft_compute_sample_grad', None)
 
-# %% ../../nbs/40a_dp.clip.ipynb #24054a49
+# %% ../../nbs/40a_dp.clip.ipynb #34cb8a13
 def _norms(grads):
     "Norm of each image's gradient over all parameters, (B,)"
     gs = list(grads)
@@ -78,7 +85,7 @@ def _clipped_sum(grads, max_grad_norm):
         return scale.to(g.dtype) @ g
     return {p: add(g).view(g.shape[1:]) for p,g in grads.items()}, norms
 
-# %% ../../nbs/40a_dp.clip.ipynb #e7e0e9ef
+# %% ../../nbs/40a_dp.clip.ipynb #26d94110
 @dataclass(frozen=True)
 class ClippedBatch:
     "The clipped gradient of a batch and what a training loop shows of it"
@@ -105,7 +112,7 @@ def sample_losses(
         return loss.reshape(())
     return torch.stack([one(i) for i in range(len(yb[0]))])
 
-# %% ../../nbs/40a_dp.clip.ipynb #7f85e0c5
+# %% ../../nbs/40a_dp.clip.ipynb #67c14976
 def _piece(model, loss_func, xb, yb, max_grad_norm, check):
     "`ClippedBatch` of one physical batch"
     names = {p: n for n,p in model.named_parameters() if p.requires_grad}
@@ -128,7 +135,7 @@ def _same(a, b, tol=1e-2):
     err,size = (a-b).abs().max(), b.abs().max()
     return not (err.isfinite() and size.isfinite()) or err <= tol*size + 1e-5
 
-# %% ../../nbs/40a_dp.clip.ipynb #cb345d09
+# %% ../../nbs/40a_dp.clip.ipynb #7c22c9bf
 def clipped_batch(
     model:nn.Module,          # In the mode it is trained in
     loss_func:Callable,       # loss(pred, *targets) → one number
@@ -166,7 +173,7 @@ def clipped_gradient(
     o = clipped_batch(model, loss_func, as_tuple(x), as_tuple(y), max_grad_norm)
     return o.grads, o.norms
 
-# %% ../../nbs/40a_dp.clip.ipynb #0049a89c
+# %% ../../nbs/40a_dp.clip.ipynb #dbe40dec
 def check_model(
     model:nn.Module,    # About to be trained privately
 ) -> None:
