@@ -21,7 +21,8 @@ from torch import nn
 from medprivacy.core import BudgetError, ConfigError, UnsupportedUnderDP
 from medprivacy.dp.account import PrivacySpent, epsilon
 from medprivacy.dp.callback import DPCallback
-from medprivacy.models.resnet import resnet9
+from medprivacy.data.phantom import tiny_dls
+from medprivacy.models.resnet import SmallResNet, resnet9
 
 class Empty:
     "What `export` keeps of the loaders"
@@ -273,7 +274,7 @@ def test_units():
     with pytest.raises(ConfigError, match='private already'): learner().to_private(noise_multiplier=1).to_private(noise_multiplier=1)
     with pytest.raises(ConfigError, match='units'): learner(dls_of(bs=41)).to_private(noise_multiplier=1)
 
-@pytest.mark.filterwarnings('ignore:CUDA is not available')   # on a machine without CUDA
+@pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::FutureWarning')   # MixedPrecision on a machine without CUDA
 @pytest.mark.parametrize('cb,words', [(GradientAccumulation(16), 'GradientAccumulation'), (MixedPrecision(), 'MixedPrecision'), (MixUp(), 'MixUp'), (CutMix(), 'MixUp')])
 def test_conflicts_are_named(cb, words):
     learn = learner().to_private(noise_multiplier=1.)
@@ -327,3 +328,11 @@ def test_networks_end_to_end(make, tmp_path):
     assert not torch.equal(before, weights(learn)) and weights(learn).isfinite().all() and 7.9 < learn.dp.spent.eps <= 8
     assert keys[0]=='conv1.weight'
     learn.export('m.pkl')
+
+def test_phantoms_from_their_own_loader():
+    dls = tiny_dls(n=24, size=32)
+    learn = learner(dls, SmallResNet(dls.train.one_batch()[1].shape[1], in_channels=dls.train.one_batch()[0].shape[1]),
+                    nn.BCEWithLogitsLoss(), metrics=[]).to_private(target_epsilon=8)
+    learn.fit(1)
+    assert learn.dp.n_units==len(set(dls.train_patients)) and 7.9 < learn.dp.spent.eps <= 8
+    assert learn.dp.spent.sample_rate==dls.train.bs/learn.dp.n_units
