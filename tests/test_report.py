@@ -167,3 +167,22 @@ def test_groups_as_by_group_writes_them(make, drawn):
     assert 'subgroups' in make_figures(run)
     text = text_of(html_of(run))
     assert 'only 4 patients (minimum 10)' in text and '0.900 [0.800, 0.950]' in text
+
+def test_utility_as_metrics_table_writes_it(make, drawn):
+    u = utility().rename(columns=dict(value='auroc', lo='auroc_lo', hi='auroc_hi'))
+    u = u.assign(threshold=np.where(u.label == 'macro', np.nan, .3), sensitivity=.81, specificity=.72, rule='youden', unit='patient', note='')
+    run = make(utility=pd.concat([u, u[u.label == 'macro'].assign(label='weighted')]))
+    assert {'utility', 'frontier'} <= set(make_figures(run))
+    html = html_of(run); text = text_of(html)
+    assert 'youden' in text and '0.810' in text and 'weighted' not in text and '0.887 [0.837, 0.937]' in text
+
+def test_a_control_with_one_attacker(make, drawn):
+    a = attack()
+    run = make(attack=a[~((a.condition == 'shuffled') & (a.model == 'net_b'))])
+    assert 'attack' in make_figures(run) and 'nan' not in text_of(html_of(run))
+
+def test_small_numbers_are_not_zero(make):
+    run = make()
+    add_summary(run, {'private.delta': 1e-5, 'obfuscated.mean_change': dict(value=.0421, n=64)})
+    text = text_of(html_of(run))
+    assert '1e-05' in text and 'Mean |Δ| per pixel, obfuscated images 0.042' in text
