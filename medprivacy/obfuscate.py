@@ -6,26 +6,25 @@
 __all__ = ['ViewmakerGame', 'BottleneckGame', 'GameLoss', 'AttackersCallback', 'GameMetric', 'Obfuscator', 'game_learner',
            'train_obfuscator']
 
-# %% ../nbs/30_obfuscate.ipynb #b816a314
+# %% ../nbs/30_obfuscate.ipynb #fade7e98
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback    # importing it gives `Learner` its no_bar
 from fastai.callback.schedule import ParamScheduler      # and this its fit_one_cycle
-from fastai.learner import Learner, Recorder
+from fastai.learner import Learner
 from fastai.metrics import AccumMetric
 from fastai.optimizer import Adam
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .core import CheckpointError, ConfigError, DataError, LeakageError, atomic_write, seed_everything
+from .core import CheckpointError, ConfigError, DataError, atomic_write, seed_everything
 from .data.core import Records
 from .data.load import records_dls
 from .models.bottleneck import Bottleneck, add_code_noise
@@ -35,7 +34,7 @@ from .objectives.adversarial import ObfuscationLoss
 from .objectives.focal import MaskedBCE
 from .probe import mean_auroc
 
-# %% ../nbs/30_obfuscate.ipynb #74fdc7b1
+# %% ../nbs/30_obfuscate.ipynb #29a6296d
 class ViewmakerGame(nn.Module):
     "The published game: attackers see the perturbed image"
     def __init__(self, maker, archs, n_labels, channels):
@@ -49,7 +48,7 @@ class ViewmakerGame(nn.Module):
         self.exposed = e = self.expose(x)
         return e, [a(e) for a in self.attackers], [self.disease(e)], e.new_zeros(())
 
-# %% ../nbs/30_obfuscate.ipynb #18c6d4fe
+# %% ../nbs/30_obfuscate.ipynb #d3a83e0e
 def _code_attacker(code): return nn.Sequential(nn.Linear(code, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 
 class BottleneckGame(nn.Module):
@@ -67,11 +66,11 @@ class BottleneckGame(nn.Module):
         self.exposed = mu = self.expose(x)
         z = add_code_noise(mu)
         v = self.maker.draw(z, tuple(x.shape[-2:]))
-        likeness = F.l1_loss(F.avg_pool2d(v, 2), F.avg_pool2d(x, 2))
-        s = self.sight(mu)
-        return v, [a(s) for a in self.attackers], [self.disease(v), self.reader(z)], self.recon*likeness + self.capacity*mu.pow(2).mean()
+        half, s  = F.avg_pool2d(v, 2), self.sight(mu)    # half the side: a quarter of the classifier's cost, and it reads coarse signs
+        likeness = F.l1_loss(half, F.avg_pool2d(x, 2))
+        return v, [a(s) for a in self.attackers], [self.disease(half), self.reader(z)], self.recon*likeness + self.capacity*mu.pow(2).mean()
 
-# %% ../nbs/30_obfuscate.ipynb #d3591a0f
+# %% ../nbs/30_obfuscate.ipynb #3123e1d7
 class GameLoss(nn.Module):
     "Attack term (mean over attackers) + disease term + what the maker itself asks for"
     def __init__(self, attack='confusion', weight=1., use_disease=True):
@@ -83,7 +82,7 @@ class GameLoss(nn.Module):
         keep = [self.terms.terms(attr_logits[0], attr, d, disease)[1] for d in disease_logits]
         return hide + sum(keep) + extra
 
-# %% ../nbs/30_obfuscate.ipynb #b676d281
+# %% ../nbs/30_obfuscate.ipynb #9ebcd108
 class AttackersCallback(Callback):
     "Train the attackers after each step of the maker, on what it showed"
     def __init__(self,
@@ -102,7 +101,7 @@ class AttackersCallback(Callback):
             loss = sum(self.bce(a(s)[:,0], y) for a in self.model.attackers)
             self.opt.zero_grad(); loss.backward(); self.opt.step()
 
-# %% ../nbs/30_obfuscate.ipynb #5eccddae
+# %% ../nbs/30_obfuscate.ipynb #29d292f6
 class GameMetric(AccumMetric):
     "AUROC on validation patients of one output of the game"
     def __init__(self, name, out, y):
@@ -110,7 +109,7 @@ class GameMetric(AccumMetric):
         self.out, self.y = out, y
     def accumulate(self, learn): self.accum_values(learn.pred[self.out][0].float(), learn.yb[self.y].float().view(len(learn.xb[0]), -1), learn)
 
-# %% ../nbs/30_obfuscate.ipynb #32449fbb
+# %% ../nbs/30_obfuscate.ipynb #33802155
 _MAKERS = {'viewmaker': Viewmaker, 'bottleneck': Bottleneck}
 
 @dataclass(repr=False)
@@ -130,7 +129,7 @@ class Obfuscator:
         if not len(x): return x
         with torch.no_grad(): return self.maker.to(x.device)(x, generator=generator).clamp(0, 1)
 
-# %% ../nbs/30_obfuscate.ipynb #041e4a2a
+# %% ../nbs/30_obfuscate.ipynb #19fb00ef
 def _save(self:Obfuscator, folder:str|Path) -> Path:
     "Write `weights.safetensors` and `obfuscator.json` (no pickle, no patient)"
     folder = Path(folder)
@@ -151,7 +150,7 @@ def _load(folder:str|Path) -> Obfuscator:
     return Obfuscator(maker, config)
 Obfuscator.save, Obfuscator.load = _save, staticmethod(_load)
 
-# %% ../nbs/30_obfuscate.ipynb #00689490
+# %% ../nbs/30_obfuscate.ipynb #574dcc45
 _ATTACKED = ('sex', 'age>median')
 
 def _defence(records, attribute, maker, attack):
@@ -168,7 +167,7 @@ def _game(maker, args, archs, dls, size):
     net  = _MAKERS[maker](**args)
     return args, (BottleneckGame if maker == 'bottleneck' else ViewmakerGame)(net, archs, n, c)
 
-# %% ../nbs/30_obfuscate.ipynb #3cc09803
+# %% ../nbs/30_obfuscate.ipynb #53a5ec41
 def game_learner(
     dls,                         # Loaders of (x, attribute, labels)
     game:nn.Module,              # `ViewmakerGame` or `BottleneckGame`
@@ -184,7 +183,7 @@ def game_learner(
                    metrics=[GameMetric('game_attacker_auroc', 1, 0), GameMetric('disease_auroc', 2, 1)],
                    cbs=AttackersCallback(attacker_steps), **kwargs)
 
-# %% ../nbs/30_obfuscate.ipynb #2c1bb84c
+# %% ../nbs/30_obfuscate.ipynb #d58c4cb8
 def train_obfuscator(
     records:Records,              # With a split; only part 'defence' is used
     attribute:str='sex',          # What to hide: 'sex' or 'age>median'
