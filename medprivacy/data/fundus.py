@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUNDUS_FINDINGS', 'FUNDUS_DEVICES', 'fundus_body', 'draw_spots', 'draw_fundus']
 
-# %% ../../nbs/01d_data.fundus.ipynb #f720dc3e
+# %% ../../nbs/01d_data.fundus.ipynb #e7221444
 import math
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import ConfigError
 from .chest import body_grid, branch, bump, draw_strokes, random_pose, smooth_field, soft_step
 
-# %% ../../nbs/01d_data.fundus.ipynb #152c4369
+# %% ../../nbs/01d_data.fundus.ipynb #5344a8f0
 def _arcade(rng, up, height, width, level):
     "One temporal vessel as `(points, winding, width, level)` pieces that thin out, and its side branches"
     n    = 25
@@ -45,17 +45,17 @@ def fundus_body(
     return dict(z=rng.normal(size=32), coarse=rng.normal(size=(7,7)).astype(np.float32), fine=rng.normal(size=(41,41)).astype(np.float32),
                 vessels=sorted(ves, key=lambda o: o[3]), lesions=np.abs(rng.normal(size=(120,4))))
 
-# %% ../../nbs/01d_data.fundus.ipynb #b01f11a7
+# %% ../../nbs/01d_data.fundus.ipynb #c9a6cdc6
 def _measures(z, n, sex, age):
     "Lengths in units of the field's radius from the person's `z`, the picture's noise `n`, and the planted factors"
     m = SimpleNamespace(z=z, n=n, sex=sex, age=age)
-    m.far    = .55*(1+.04*z[0]-.035*sex)            # fovea to disc
+    m.far    = .55*(1+.04*z[0]-.042*sex)            # fovea to disc
     m.disc   = .125*(1+.07*z[1]+.04*sex)
     m.oval   = 1.10+.05*z[2]
     m.cup    = .42+.10*z[3]+.04*age
-    m.tall   = 1+.07*z[4]+.07*sex                   # height of the arcades
-    m.wide   = .42*math.exp(.14*z[5]-.13*sex)       # half-width of the pigmented area …
-    m.high   = .42*math.exp(.14*z[6]+.13*sex)       # … and half-height
+    m.tall   = 1+.07*z[4]+.085*sex                  # height of the arcades
+    m.wide   = .42*math.exp(.14*z[5]-.17*sex)       # half-width of the pigmented area …
+    m.high   = .42*math.exp(.14*z[6]+.17*sex)       # … and half-height
     m.calibre= (1+.08*z[7])*(1-.17*age)
     m.wind   = .8+.25*abs(z[8])+.9*age
     m.disc_y = -.03+.03*z[9]+.01*n[0]
@@ -67,7 +67,7 @@ def _vessels(c, m):
     lines = [((p+w*max(0, m.wind))*to+[0, m.disc_y], max(.005, k*m.calibre), v) for p,w,k,v in c.body['vessels']]
     return draw_strokes(c.size, lines, c.pose)
 
-# %% ../../nbs/01d_data.fundus.ipynb #9e92b623
+# %% ../../nbs/01d_data.fundus.ipynb #a05da4f8
 def _retina(c, m):
     "Reflected light of the background: pigment, choroid, fovea, sheen, illumination"
     z,x,y = m.z,c.x,c.y
@@ -88,7 +88,7 @@ def _disc(c, m):
     pale = soft_step(1.35+.12*m.age-np.hypot(dx+.22, dy), .25)*max(0, .35+.5*m.age+.15*m.z[11])
     return soft_step(1-r, max(.2, c.e/m.disc)), soft_step(1-cup, .35), pale
 
-# %% ../../nbs/01d_data.fundus.ipynb #507a04b0
+# %% ../../nbs/01d_data.fundus.ipynb #0cb9e2b6
 def draw_spots(
     size:int,             # Pixels per side
     xy:np.ndarray,        # Centres (n,2) in body coordinates
@@ -106,7 +106,7 @@ def draw_spots(
     ex,ey = (np.exp(-((g[None]-p[:,[i]])/w[:,[i]])**2) for i in (0, 1))
     return (1-np.exp(-(ey*fade[:,None]).T@ex)).astype(np.float32)
 
-# %% ../../nbs/01d_data.fundus.ipynb #3bbd841d
+# %% ../../nbs/01d_data.fundus.ipynb #7f99eabc
 FUNDUS_FINDINGS = ('microaneurysms', 'haemorrhages', 'exudates')
 
 def _places(seeds, near, far):
@@ -118,21 +118,21 @@ def _lesions(c, sev):
     "Red dots, blots of blood, and yellow deposits, each as a map in [0,1]"
     s,out = c.body['lesions'],{}
     if v := sev.get('microaneurysms', 0):
-        n = int(10+28*v)
-        out['microaneurysms'] = draw_spots(c.size, _places(s[:n], .15, .60), .014+.009*np.minimum(s[:n,2], 2), c.pose, .8)
+        n = int(4+28*v)
+        out['microaneurysms'] = draw_spots(c.size, _places(s[:n], .15, .60), .014+.009*np.minimum(s[:n,2], 2), c.pose, .5)
     if v := sev.get('haemorrhages', 0):
         n = int(2+6*v)
         at,r = _places(s[40:40+n], .22, .75),(.022+.022*np.minimum(s[40:40+n,2:], 2))*(.7+.5*v)
         lump = np.concatenate([at, at+.6*r, at-.5*r[:,::-1]])
         out['haemorrhages'] = draw_spots(c.size, lump, np.concatenate([r, .8*r, .7*r]), c.pose)
     if v := sev.get('exudates', 0):
-        n = int(16+40*v)
+        n = int(5+40*v)
         ring = .15+.10*s[50,2]
         at = np.array([.15*s[51,0]-.12, .15*s[51,1]-.12])+_places(s[60:60+n], ring, ring+.14)*[1, .8]
         out['exudates'] = draw_spots(c.size, at, .010+.011*np.minimum(s[60:60+n,3], 2), c.pose)
     return out
 
-# %% ../../nbs/01d_data.fundus.ipynb #90047c70
+# %% ../../nbs/01d_data.fundus.ipynb #d67bf761
 FUNDUS_DEVICES = dict(A=dict(gamma=1., grain=.008, vignette=.0, cut=1.10), B=dict(gamma=.88, grain=.014, vignette=.10, cut=.84),
                       C=dict(gamma=1.15, grain=.020, vignette=.20, cut=1.10))
 _RANKS = np.array([0, .03, .15, .5, .85, .97, 1.])
@@ -149,7 +149,7 @@ def _tone(v, inside, curve, rng, light, blend=1.):
     line = grey[0]+(grey[-1]-grey[0])*np.clip((v-edge[0])*(1/(edge[-1]-edge[0])), 0, 1)
     return (blend*np.interp(v, edge, np.interp(cdf, _RANKS, grey))+(1-blend)*line).astype(np.float32)
 
-# %% ../../nbs/01d_data.fundus.ipynb #c28ffa0e
+# %% ../../nbs/01d_data.fundus.ipynb #3f4caccc
 def _colours(c, m, sev):
     "Light in red, green, blue (three arrays), before the camera"
     ves,(disc,cup,pale),(L,dark) = _vessels(c, m),_disc(c, m),_retina(c, m)
@@ -157,7 +157,7 @@ def _colours(c, m, sev):
     no   = np.float32(0)
     red  = .9*les.get('microaneurysms', no)+.8*les.get('haemorrhages', no)
     out  = []
-    for k,(v,b,d,e,f) in enumerate(((.07, .14, .26, .16, .55), (.17, .22, .38, .36, 1.), (.10, .15, .40, .08, .9))):
+    for k,(v,b,d,e,f) in enumerate(((.07, .11, .26, .13, .55), (.17, .17, .38, .27, 1.), (.10, .12, .40, .06, .9))):
         S = L-f*dark+.22*d*pale
         S = S*(1-disc)+(L*.5+.20+d+(.08+.10*k)*cup)*disc
         out.append(S-v*ves*(1-.35*disc)-b*red+e*les.get('exudates', no))

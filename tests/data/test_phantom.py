@@ -73,8 +73,8 @@ def test_identity(modality, tmp_path):
         same = r[np.arange(24), np.arange(24)][:, ~np.eye(4, dtype=bool)].mean()
         return same-r[~np.eye(24, dtype=bool)].mean()
     with_id, without = gap(1), gap(0)
-    assert with_id > .15 and with_id > 3*abs(without), (with_id, without)
-    assert abs(without) < .06
+    assert with_id > .08 and with_id > 5*abs(without), (with_id, without)      # pose alone moves a patient's own pixels a good deal
+    assert abs(without) < .02
 
 
 # ---------------------------------------------------------------- draws
