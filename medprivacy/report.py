@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IDS', 'FIGURES', 'KINDS', 'WORDS', 'SHORT', 'SHOWN', 'SMALL', 'make_figures', 'report']
 
-# %% ../nbs/62_report.ipynb #5c75d58e
+# %% ../nbs/62_report.ipynb #3447be4c
 import json
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from .page import bullets, embed_figure, html_page, html_table, section
 from .visualize import (plot_attack_bars, plot_demographics, plot_eps_auroc, plot_learning_curves,
                                   plot_privacy_utility, plot_roc, plot_subgroups, plot_utility_bars)
 
-# %% ../nbs/62_report.ipynb #b444c21b
+# %% ../nbs/62_report.ipynb #1e7734c6
 IDS = ('image_id', 'patient_id', 'study_id', 'path')
 
 def _table_of(run, name):
@@ -42,7 +42,7 @@ def _json_of(run, name, default):
 
 def _is_phantom(run): return run.config.get('data', {}).get('phantom') is True
 
-# %% ../nbs/62_report.ipynb #a4ba0e37
+# %% ../nbs/62_report.ipynb #d68d73f1
 def _attribute(run):
     names = [k.split('.') for k in run.summary]
     return next((k[1] for k in names if len(k) == 3 and k[2] == 'leakage'), run.config.get('attribute', 'sex'))
@@ -57,7 +57,7 @@ def _groups_of(run):
     df = _aurocs_of(run, 'groups')
     return df if df is None or 'condition' in df else df.rename(columns={'model': 'condition'})
 
-# %% ../nbs/62_report.ipynb #8c79c4d4
+# %% ../nbs/62_report.ipynb #1d2fabdb
 def _frontier_of(run):
     att, use = _table_of(run, 'attack'), _aurocs_of(run, 'utility')
     if att is None or use is None: return None
@@ -88,7 +88,7 @@ def _drawings(run):
             'subgroups':    (_groups_of(run),  _draw_groups),
             'demographics': (table('demographics'), plot_demographics)}
 
-# %% ../nbs/62_report.ipynb #dfb4a3b5
+# %% ../nbs/62_report.ipynb #4501d07e
 FIGURES = {
     'views':        'Images before and after obfuscation, and their difference',
     'attack':       'Leakage per attacker and condition. Whiskers are 95 % intervals; the dashed line is chance',
@@ -112,7 +112,7 @@ def make_figures(
         done.append(name)
     return done
 
-# %% ../nbs/62_report.ipynb #75e7697f
+# %% ../nbs/62_report.ipynb #2c8fda10
 def _merged(df, value, name, keep):
     text = [with_interval(r, value) for r in df.to_dict('records')]
     size = {c: df[c] for c in ('n', 'n_patients') if c in df}
@@ -120,7 +120,7 @@ def _merged(df, value, name, keep):
 
 def _not_run(what): return P(f'Not run: {what}.', cls='missing')
 
-# %% ../nbs/62_report.ipynb #117e42a7
+# %% ../nbs/62_report.ipynb #ba50de9f
 def _figure(run, name, allowed):
     f    = run.path/'figures'/f'{name}.png'
     text = FIGURES['views'] if name.startswith('views') else FIGURES.get(name, f'Figure {name}')
@@ -133,7 +133,7 @@ def _views(run, allowed):
     names = sorted(p.stem for p in (run.path/'figures').glob('*.png'))
     return [_figure(run, n, allowed) for n in names if n.startswith('views') or n not in FIGURES]
 
-# %% ../nbs/62_report.ipynb #1703259e
+# %% ../nbs/62_report.ipynb #6ecb5858
 KINDS = {'result': 'Result', 'holds': 'Control holds', 'warning': 'Caution'}
 WORDS = {'raw': 'raw images', 'obfuscated': 'obfuscated images', 'noise': 'noise of the same mean |Δ|',
          'control': 'shuffled (control)', 'public': 'trained without DP', 'private': 'trained with DP'}
@@ -152,10 +152,10 @@ def _headline(run):
     order = list(WORDS)
     place = lambda k: (k.split('.')[1:], order.index(k.split('.')[0]) if k.split('.')[0] in order else 99)
     rows  = [(_in_words(k), with_interval(s := run.summary[k]), s.get('n'), k) for k in sorted(run.summary, key=place)]
-    names = ['result', 'value [95 % interval]', 'n resampled', 'in summary.json']
+    names = ['result', 'value [95 % interval]', 'n (see tables)', 'in summary.json']
     return html_table(pd.DataFrame(rows, columns=names), 'Headline numbers')
 
-# %% ../nbs/62_report.ipynb #b68dfed0
+# %% ../nbs/62_report.ipynb #b4bc6c15
 def _findings_of(run):
     att, phantom, a, out = _table_of(run, 'attack'), _is_phantom(run), _attribute(run), []
     if att is not None:
@@ -181,7 +181,7 @@ def _attack_part(run, allowed):
     return section('attack', 'Attack', P(how), *_views(run, allowed), _figure(run, 'attack', allowed),
                    html_table(rows, 'Attackers and controls'), _figure(run, 'curves', allowed))
 
-# %% ../nbs/62_report.ipynb #99e061c3
+# %% ../nbs/62_report.ipynb #da481abd
 SHOWN = ('condition', 'model', 'label', 'rule', 'threshold', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1',
          'balanced_accuracy', 'accuracy', 'brier', 'n_pos', 'n', 'n_patients')    # metrics on the page; the CSV has all
 
@@ -214,7 +214,7 @@ def _groups_part(run, allowed):
     return section('groups', 'Subgroups', _figure(run, 'subgroups', allowed),
                    html_table(rows, 'Disease AUROC by group, with sizes'))
 
-# %% ../nbs/62_report.ipynb #0a304dd8
+# %% ../nbs/62_report.ipynb #a5092b9c
 SMALL = 5    # Head counts below this are printed as '<5'
 
 def _data_part(run, allowed):
@@ -236,7 +236,7 @@ def _no_folders(v):
     rooted = isinstance(v, str) and (v.startswith(('/', '~', '\\')) or v[1:3] in (':\\', ':/'))
     return '…/' + v.replace('\\', '/').rstrip('/').rpartition('/')[2] if rooted else v
 
-# %% ../nbs/62_report.ipynb #e5b42ecd
+# %% ../nbs/62_report.ipynb #e5960f06
 def _times(run):
     f = run.path/'timings.csv'
     return pd.read_csv(f) if f.exists() else None
@@ -257,7 +257,7 @@ def _when(run):
     text = 'duration not stored' if took != took else f'{took/60:.1f} minutes' if took >= 90 else f'{took:.0f} seconds'
     return f'Run folder {run.path.resolve().name}, started {start:%d %B %Y, %H:%M}; {text}'
 
-# %% ../nbs/62_report.ipynb #92fd4677
+# %% ../nbs/62_report.ipynb #cf1d3ccf
 def report(
     run:Run|str|Path,           # A finished run, or its folder
     *,
