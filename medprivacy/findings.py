@@ -6,7 +6,7 @@
 __all__ = ['EVIDENCE', 'NOISE_FLOOR', 'TERMS', 'NON_CLAIMS', 'with_interval', 'sample_size', 'Finding', 'attack_findings',
            'control_findings', 'privacy_terms', 'utility_findings', 'non_claims']
 
-# %% ../nbs/61a_findings.ipynb #29e3911a
+# %% ../nbs/61a_findings.ipynb #5679290e
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import pandas as pd
 
 from .style import need_columns
 
-# %% ../nbs/61a_findings.ipynb #9f2993d6
+# %% ../nbs/61a_findings.ipynb #c3fec39e
 def _has(v): return v is not None and v == v
 
 def with_interval(
@@ -37,7 +37,7 @@ def sample_size(
     if not _has(n): return 'n not stored'
     return f'n = {n:.0f} images of {p:.0f} patients' if _has(p) else f'n = {n:.0f}'
 
-# %% ../nbs/61a_findings.ipynb #544018f0
+# %% ../nbs/61a_findings.ipynb #31107785
 EVIDENCE, NOISE_FLOOR = .95, .85    # AUROC on raw phantoms that an attacker needs; leakage that noise must leave there
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _result(text): return Finding('result', text)
 def _warn(text): return Finding('warning', text)
 def _leak(row): return f'{with_interval(row, "leakage")} ({sample_size(row)})'
 
-# %% ../nbs/61a_findings.ipynb #99e1d8ee
+# %% ../nbs/61a_findings.ipynb #7546f856
 def attack_findings(
     table:pd.DataFrame,        # Columns condition, model, leakage, lo, hi, n; optional auroc, n_patients
     attribute:str='sex',       # What was attacked
@@ -86,7 +86,7 @@ def _weak_attackers(table, attribute, phantom):
     if len(set(tried)-{'strongest'}) < 2: out.append('Fewer than two attackers were tried on obfuscated images.')
     return [_warn(t) for t in out]
 
-# %% ../nbs/61a_findings.ipynb #0d7aa4e6
+# %% ../nbs/61a_findings.ipynb #eee7b3a1
 def control_findings(
     table:pd.DataFrame,           # The attack table
     shuffled:Mapping=None,        # AUROC with shuffled attribute: value, lo, hi (`control.sex.auroc` of the summary)
@@ -113,7 +113,7 @@ def _shuffled_control(row, attribute):
     if far > 3: return _warn(f'{text}: more than 3, so something other than {attribute} gives the answer away.')
     return Finding('holds', f'{text} (at most 3 are expected).')
 
-# %% ../nbs/61a_findings.ipynb #666e5223
+# %% ../nbs/61a_findings.ipynb #4516cd42
 TERMS = {'delta': ('δ', 'probability with which the bound may fail'), 'sampling': ('sampling', 'how a batch is drawn'),
          'neighbours': ('neighbours', 'which two data sets the bound compares'),
          'accountant': ('accountant', 'how the steps are added up'), 'unit': ('unit', 'whose data one change means')}
@@ -131,7 +131,7 @@ def privacy_terms(
     rows += [(k.replace('_', ' '), f'{v:.5g}' if isinstance(v, float) else str(v), '') for k,v in rest.items()]
     return pd.DataFrame(rows, columns=['term', 'value', 'meaning'])
 
-# %% ../nbs/61a_findings.ipynb #8678a846
+# %% ../nbs/61a_findings.ipynb #391d70fc
 def utility_findings(
     summary:Mapping,         # Dotted name → value, lo, hi, n, as in `summary.json`
     spent:Mapping=None,      # Fields of a `PrivacySpent`
@@ -154,7 +154,7 @@ def utility_findings(
     if void: return out + [_warn('The noise of that training came from a known seed (test mode): its ε is void.')]
     return out + [Finding('warning' if 'missing' in terms else 'result', f'Its budget: {terms}.')]
 
-# %% ../nbs/61a_findings.ipynb #33fb1942
+# %% ../nbs/61a_findings.ipynb #b30c8ea2
 NON_CLAIMS = (
     'Obfuscation is measured, not proven. Obfuscated images are not differentially private, not anonymous and not safe;'
     ' a better attacker may read more than those tried here.',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADS', 'CSS', 'POLICY', 'html_table', 'embed_figure', 'bullets', 'section', 'html_page']
 
-# %% ../nbs/61b_page.ipynb #a6fec634
+# %% ../nbs/61b_page.ipynb #ccb074fb
 import base64
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fastcore.xml import (A, Body, Caption, Div, FT, Figcaption, Figure, Footer,
 
 from .core import DataError
 
-# %% ../nbs/61b_page.ipynb #67c30817
+# %% ../nbs/61b_page.ipynb #8ad2e520
 HEADS = {'n': 'images', 'n_patients': 'patients', 'n_images': 'images', 'auroc': 'AUROC', 'by': 'grouped by'}
 
 def _cell(v):
@@ -42,7 +42,7 @@ def html_table(
     body = Tbody(*[_line(r) for r in df.itertuples(index=False, name=None)])
     return Div(Table(Caption(caption), head, body), cls='wide', tabindex='0', role='region', aria_label=caption)
 
-# %% ../nbs/61b_page.ipynb #84dc0ee0
+# %% ../nbs/61b_page.ipynb #166f2224
 def embed_figure(
     path:str|Path,    # A PNG file
     text:str,         # What it shows, one sentence: alternative text and caption
@@ -70,7 +70,7 @@ def section(
     "Put parts under a heading"
     return Section(H2(title, id=key), *[p for p in parts if p is not None], aria_labelledby=key)
 
-# %% ../nbs/61b_page.ipynb #113dc4db
+# %% ../nbs/61b_page.ipynb #0f29811f
 CSS = '''
 :root { --ink:#1b1f24; --soft:#56606b; --line:#d5dae0; --pale:#f5f7f9; --blue:#005b8f; --red:#a33b00; --green:#00694d }
 * { box-sizing:border-box } body { margin:0; background:#fff }
@@ -105,7 +105,7 @@ footer { color:var(--soft); font-size:.85rem; margin:3rem auto 2rem }
 '''
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
-# %% ../nbs/61b_page.ipynb #702be48f
+# %% ../nbs/61b_page.ipynb #7fdb01e3
 def html_page(
     title:str,         # Of the document
     lines:list,        # Short lines below the title

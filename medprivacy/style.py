@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'LOOKS', 'Look', 'look', 'need_columns', 'as_table']
 
-# %% ../nbs/59_style.ipynb #9c382ce0
+# %% ../nbs/59_style.ipynb #94f2ec35
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from .core import DataError
 
-# %% ../nbs/59_style.ipynb #5adc9d51
+# %% ../nbs/59_style.ipynb #fd8f0331
 STYLE = {'font.size': 10, 'axes.titlesize': 10, 'axes.labelsize': 10, 'legend.fontsize': 9, 'xtick.labelsize': 9,
          'ytick.labelsize': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.axisbelow': True,
          'grid.color': '#dddddd', 'grid.linewidth': .6, 'lines.linewidth': 1.6, 'lines.markersize': 6,
@@ -34,7 +34,7 @@ LOOKS = {'raw': Look('#0072B2'), 'obfuscated': Look('#D55E00', 's', '///', '--')
 _SPARE = [Look('#E69F00', 'o', '///'), Look('#0072B2', 's', '...', '--'), Look('#CC79A7', '^', 'xxx', '-.'),
           Look('#009E73', 'D', '\\\\\\', ':'), Look('#56B4E9', 'v', '---'), Look('#F0E442', 'P', '+++', '--')]
 
-# %% ../nbs/59_style.ipynb #f6d2f812
+# %% ../nbs/59_style.ipynb #f88da8f0
 def look(
     name:str,    # A condition, an attacker, a group
     i:int=0,     # Which of the spare looks, for a name without its own
@@ -53,7 +53,7 @@ def need_columns(
     if not len(table): raise DataError(f'{what} has no rows: nothing was measured, so there is nothing to draw')
     return table
 
-# %% ../nbs/59_style.ipynb #1a4e5866
+# %% ../nbs/59_style.ipynb #aa0cd0d8
 def as_table(
     results:Mapping,     # Name → object or dict with value, lo, hi, n
     name:str='name',     # Column that gets the names

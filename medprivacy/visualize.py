@@ -6,7 +6,7 @@
 __all__ = ['AGE_BANDS', 'contact_sheet', 'show_views', 'plot_attack_bars', 'plot_utility_bars', 'plot_privacy_utility',
            'plot_eps_auroc', 'plot_learning_curves', 'plot_roc', 'count_people', 'plot_demographics', 'plot_subgroups']
 
-# %% ../nbs/60_visualize.ipynb #0dde05de
+# %% ../nbs/60_visualize.ipynb #b794b8b5
 import math
 
 import numpy as np
@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from .core import DataError
 from .style import STYLE, Look, look, need_columns
 
-# %% ../nbs/60_visualize.ipynb #0b995d12
+# %% ../nbs/60_visualize.ipynb #d56c55e1
 def _axes(ax, width, height, **kw):
     return plt.subplots(figsize=(width, height), **kw)[1] if ax is None else ax
 
@@ -37,7 +37,7 @@ def _picture(ax, im, title='', **kw):
     ax.set_title(title, fontsize=9)
     return ax.imshow(im.squeeze() if grey else im, interpolation='nearest', **kw)
 
-# %% ../nbs/60_visualize.ipynb #cfc77ed4
+# %% ../nbs/60_visualize.ipynb #aa563e93
 @rc_context(STYLE)
 def contact_sheet(
     x:np.ndarray,      # Images (B,C,H,W) in [0,1]; C 1 grey, 3 colour
@@ -55,7 +55,7 @@ def contact_sheet(
     for a,im,title in zip(axs.flat, ims, titles): _picture(a, im, title)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #fdd8c75f
+# %% ../nbs/60_visualize.ipynb #2387581f
 @rc_context(STYLE)
 def show_views(
     original:np.ndarray,      # Images (B,C,H,W) in [0,1]; a tensor will do
@@ -80,7 +80,7 @@ def show_views(
     bar.set_label('Δ intensity\n(0 to 1 scale)', fontsize=8)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #f3da6659
+# %% ../nbs/60_visualize.ipynb #6cdaa6eb
 def _unique(column): return list(dict.fromkeys(column))
 
 def _whiskers(ax, at, lo, hi, flat=False, colour='#222222'):
@@ -100,7 +100,7 @@ def _counts(rows):
     n, p = (rows[c].max() if c in rows else np.nan for c in ('n', 'n_patients'))
     return ''.join([f'\nn = {n:.0f}' if n == n else '', f'\n({p:.0f} patients)' if p == p else ''])
 
-# %% ../nbs/60_visualize.ipynb #64fcdf57
+# %% ../nbs/60_visualize.ipynb #3d7c45eb
 def _bars(ax, table, across, series, value, base=.5):
     groups, names = _unique(table[across]), _unique(table[series])
     width = .82/len(names)
@@ -123,7 +123,7 @@ def _bars(ax, table, across, series, value, base=.5):
     _chance(ax); _legend(ax)
     return ax
 
-# %% ../nbs/60_visualize.ipynb #f9065efc
+# %% ../nbs/60_visualize.ipynb #1d69fa9e
 @rc_context(STYLE)
 def plot_attack_bars(
     table:pd.DataFrame,       # Columns condition, model ('strongest' is black), leakage, lo, hi; optional n, n_patients
@@ -139,7 +139,7 @@ def plot_attack_bars(
     ax.set_ylabel(f'leakage of {attribute}\n(0.5 = chance, 1 = perfect)')
     return ax
 
-# %% ../nbs/60_visualize.ipynb #6a843db1
+# %% ../nbs/60_visualize.ipynb #7fcaed9f
 @rc_context(STYLE)
 def plot_utility_bars(
     table:pd.DataFrame,       # Columns condition, label (one may be 'macro'), value, lo, hi; optional n, n_patients
@@ -155,7 +155,7 @@ def plot_utility_bars(
     if n > 6: ax.tick_params(axis='x', labelrotation=30)
     return ax
 
-# %% ../nbs/60_visualize.ipynb #1dc476af
+# %% ../nbs/60_visualize.ipynb #476d5832
 @rc_context(STYLE)
 def plot_privacy_utility(
     table:pd.DataFrame,     # Columns condition, leakage, leakage_lo, leakage_hi, auroc, auroc_lo, auroc_hi
@@ -181,7 +181,7 @@ def plot_privacy_utility(
                 arrowprops={'arrowstyle': '->', 'color': '#555555'})
     return ax
 
-# %% ../nbs/60_visualize.ipynb #c5230c06
+# %% ../nbs/60_visualize.ipynb #afa3f463
 @rc_context(STYLE)
 def plot_eps_auroc(
     table:pd.DataFrame,     # Columns epsilon (inf: without privacy), value, lo, hi; optional group: one line each
@@ -210,7 +210,7 @@ def plot_eps_auroc(
     ax.grid(axis='y'); _legend(ax, 2)
     return ax
 
-# %% ../nbs/60_visualize.ipynb #b68cfbb1
+# %% ../nbs/60_visualize.ipynb #e63512a0
 @rc_context(STYLE)
 def plot_learning_curves(
     history:pd.DataFrame,    # Columns model, epoch, train_loss, valid_loss, valid_auroc; optional condition
@@ -235,7 +235,7 @@ def plot_learning_curves(
     axs[0,0].figure.legend(handles.values(), handles.keys(), loc='outside upper left', ncols=4)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #811fddb9
+# %% ../nbs/60_visualize.ipynb #95c7d051
 @rc_context(STYLE)
 def plot_roc(
     curves:pd.DataFrame,          # Columns curve, fpr, tpr
@@ -258,7 +258,7 @@ def plot_roc(
     ax.grid(True); ax.legend(loc='lower right')
     return ax
 
-# %% ../nbs/60_visualize.ipynb #bdafda40
+# %% ../nbs/60_visualize.ipynb #d3c6b886
 AGE_BANDS = (0, 20, 40, 60, 80, 200)
 
 def count_people(
@@ -275,7 +275,7 @@ def count_people(
     out   = pd.DataFrame({**keys, 'patient_id': df.patient_id}).groupby(list(keys)).patient_id.agg(['nunique', 'size'])
     return out.rename(columns={'nunique': 'n_patients', 'size': 'n_images'}).reset_index()
 
-# %% ../nbs/60_visualize.ipynb #1b175ef0
+# %% ../nbs/60_visualize.ipynb #dc183aee
 def _stack(ax, table, column):
     names = [n for n in ('F', 'M', 'unknown') if n in set(table.sex)]
     wide  = table.pivot_table(index=column, columns='sex', values='n_patients', aggfunc='sum', fill_value=0, sort=False)
@@ -301,7 +301,7 @@ def plot_demographics(
     axs[0].set_xlabel('split'); axs[1].set_xlabel('age (years)'); _legend(axs[0])
     return axs
 
-# %% ../nbs/60_visualize.ipynb #dd6dbb15
+# %% ../nbs/60_visualize.ipynb #682f2255
 @rc_context(STYLE)
 def plot_subgroups(
     table:pd.DataFrame,      # Columns by, group, value, lo, hi, n; optional condition, n_patients
