@@ -6,7 +6,7 @@
 __all__ = ['CHEST_FINDINGS', 'DEVICES', 'soft_step', 'bump', 'dome', 'random_pose', 'body_grid', 'smooth_field', 'draw_strokes',
            'branch', 'chest_body', 'draw_chest']
 
-# %% ../../nbs/01c_data.chest.ipynb #4cded99b
+# %% ../../nbs/01c_data.chest.ipynb #bcf8a961
 import math
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from ..core import ConfigError
 
-# %% ../../nbs/01c_data.chest.ipynb #c85c45c0
+# %% ../../nbs/01c_data.chest.ipynb #5d9cc5c7
 def soft_step(
     d:np.ndarray,     # Signed distance, positive inside
     w:float,          # Half-width of the transition
@@ -39,7 +39,7 @@ def dome(
     "Path length of a ray through a ball"
     return np.sqrt(np.maximum(1-r2, 0))
 
-# %% ../../nbs/01c_data.chest.ipynb #f84806f5
+# %% ../../nbs/01c_data.chest.ipynb #0b27cdba
 def random_pose(
     rng:np.random.Generator,    # Source of the draw
     zoom:float=1.,              # Mean magnification
@@ -63,7 +63,7 @@ def body_grid(
     u,v = g[None]-np.float32(t[0]),g[:,None]-np.float32(t[1])
     return m[0,0]*u+m[0,1]*v, m[1,0]*u+m[1,1]*v
 
-# %% ../../nbs/01c_data.chest.ipynb #49838353
+# %% ../../nbs/01c_data.chest.ipynb #747a5baf
 def smooth_field(
     grid:np.ndarray,    # Random values (n,n) over [-1.2,1.2]²
     x:np.ndarray,       # Body coordinate
@@ -91,7 +91,7 @@ def draw_strokes(
         i += n
     return np.asarray(img.reduce(k), dtype=np.float32)*(1/255)
 
-# %% ../../nbs/01c_data.chest.ipynb #a49c0f4a
+# %% ../../nbs/01c_data.chest.ipynb #282f0cd5
 def branch(
     draw:iter,       # Yields standard normal numbers
     start:tuple,     # x, y
@@ -113,7 +113,7 @@ def branch(
         out += branch(draw, pts[i], a+sgn*turn, length*short, width*.66, level*.72, depth-1, bend)
     return out
 
-# %% ../../nbs/01c_data.chest.ipynb #c106c829
+# %% ../../nbs/01c_data.chest.ipynb #ca50e31e
 def chest_body(
     rng:np.random.Generator,    # Source of the draw
 ) -> dict:                      # z (32,), coarse, fine: grids, vessels: polylines, side: -1 or 1, spots: (x, y, radius)
@@ -122,19 +122,21 @@ def chest_body(
     for side in (-1, 1):
         for ang in (-1.25, -.6, 0., .6, 1.15):
             a = ang+.15*next(draw)
-            ves += branch(draw, (side*.19, -.05+.03*side), a if side>0 else math.pi-a, .34+.05*next(draw), .015, .7, 2, .18)
+            ves += branch(draw, (side*.19, -.05+.03*side), a if side>0 else math.pi-a,
+                          .34+.05*next(draw), .015, .7, 2, .18)
     sides = rng.choice([-1, 1], rng.integers(1, 4)).tolist()
     spots = [(sd*rng.uniform(.35, .75), rng.uniform(-.45, .30), rng.uniform(.12, .20)) for sd in sides]
-    return dict(z=rng.normal(size=32), coarse=rng.normal(size=(9,9)).astype(np.float32), fine=rng.normal(size=(33,33)).astype(np.float32),
+    return dict(z=rng.normal(size=32), coarse=rng.normal(size=(9,9)).astype(np.float32),
+                fine=rng.normal(size=(33,33)).astype(np.float32),
                 vessels=sorted(ves, key=lambda o: o[2]), side=int(rng.choice([-1, 1])), spots=spots)
 
-# %% ../../nbs/01c_data.chest.ipynb #b53fb26d
+# %% ../../nbs/01c_data.chest.ipynb #8dd8b342
 def _measures(z, n, sex, age, big):
     "Lengths in body units from the person's `z`, the picture's noise `n`, and the planted factors"
     m = SimpleNamespace(z=z, n=n, sex=sex, age=age)
     m.cage = .665*(1+.05*z[0]-.032*sex+.01*age)                  # half-width of the rib cage
     m.top,m.bot = -.80+.03*z[1]+.02*sex+.03*age, .50+.05*z[2]-.028*sex-.05*age+.03*n[0]
-    m.wall = .11+.04*math.exp(.5*z[3])+.018*sex                   # keeps the outline, hence the dark background, alike in both sexes
+    m.wall = .11+.04*math.exp(.5*z[3])+.018*sex                   # keeps outline and background alike in both
     m.shoulder = .93*(1+.03*z[4]-.028*sex+.02*n[3])
     m.heart = .27*(1+.07*z[5]+.07*age+.02*sex)*(1+.75*big)
     m.knob = .10*(1+.12*z[6])*(1+.35*age)
@@ -145,11 +147,12 @@ def _measures(z, n, sex, age, big):
     m.arm = (.36+.04*z[10]+.06*n[4], .95)
     return m
 
-# %% ../../nbs/01c_data.chest.ipynb #84cac4e6
+# %% ../../nbs/01c_data.chest.ipynb #ac97b67a
 def _soft_tissue(c, m):
     "Torso, neck, shoulders and arms; sets the outline `c.B`"
     z,ax,y = m.z,c.ax,c.y
-    c.B   = (m.cage+m.wall)*(1-.10*np.clip((-y-.25)/.6, 0, 1)**2-(.05+.05*m.sex)*np.clip((y-.55)/.5, 0, 1)) + .05*m.breast*bump(y-.38, .2)
+    c.B   = (m.cage+m.wall)*(1-.10*np.clip((-y-.25)/.6, 0, 1)**2-(.05+.05*m.sex)*np.clip((y-.55)/.5, 0, 1))
+    c.B   = c.B+.05*m.breast*bump(y-.38, .2)
     torso = dome((ax/c.B)**2)*soft_step(y+.93-.02*m.n[6]-.26*np.clip(ax/m.shoulder, 0, 1.3)**2, .12)
     neck  = dome((c.x/(.25-.02*m.sex+.1*np.clip(y+1, 0, 1)))**2)*soft_step(-.55-y, .2)
     (px,py),(dx,dy) = m.joint,m.arm
@@ -159,7 +162,7 @@ def _soft_tissue(c, m):
     parts = ((k*p)**2 for k,p in ((1, torso), (.8, neck), (.85, arm), (.9, sho)))
     return sum(p*p for p in parts)**.25*(.62+.15*m.wall)
 
-# %% ../../nbs/01c_data.chest.ipynb #491c0a73
+# %% ../../nbs/01c_data.chest.ipynb #392fa0ac
 def _lungs(c, m):
     "Air, which takes tissue away; sets masks of rib cage, lungs and diaphragm for the other parts"
     z,ax,y = m.z,c.ax,c.y
@@ -176,21 +179,24 @@ def _lungs(c, m):
     c.tex = smooth_field(c.body['coarse'], c.x, y)*.10+smooth_field(c.body['fine'], c.x, y)*.07
     return -.44*c.lung*(.5+.5*dome(c.q*c.q))*(1+.15*c.tex)
 
-# %% ../../nbs/01c_data.chest.ipynb #af40f0ed
+# %% ../../nbs/01c_data.chest.ipynb #682524bb
 def _ribs(c, m):
     "Ribs behind (steep, with bright rims) and in front (wide, faint), and the rim of the cage"
     z,q,y = m.z,c.q,c.y
-    cage = soft_step(c.W*1.03+.01-c.ax, c.e*1.5)*soft_step(y-m.top+.04, .05)*soft_step(m.bot+.30-y, .15)*(.35+.65*c.above)
+    cage = soft_step(c.W*1.03+.01-c.ax, c.e*1.5)*soft_step(y-m.top+.04, .05)
+    cage = cage*soft_step(m.bot+.30-y, .15)*(.35+.65*c.above)
     half = .032+.003*z[15]
     def off(phase, gap): return np.abs(phase-np.rint(phase))*gap      # distance to the nearest rib
     back = off((y-m.top-.03+.05*np.sin(np.pi*q)-m.tilt*(.6+.8*c.t)*q*q)*(1/m.gap)+.15*z[14], m.gap)
-    rib  = soft_step(half-back, max(c.e*.9, .012))*(.72+.28*soft_step(back-half*.55, .01))*(.6+.4*q)*soft_step(c.ax-.07, .03)
+    rib  = soft_step(half-back, max(c.e*.9, .012))*(.72+.28*soft_step(back-half*.55, .01))
+    rib  = rib*(.6+.4*q)*soft_step(c.ax-.07, .03)
     g    = m.gap*1.1
     front = off((y-m.top-.02-(.38+.05*z[16])*(1-q)**1.3)*(1/g)+.4+.1*z[17], g)
     fore = soft_step(half*1.15-front, max(c.e, .016))*soft_step(q-.42, .12)
-    return (.075*rib+.05*fore)*cage + .08*bump(c.ax-c.W-.012, .03)*soft_step(y-m.top-.12, .08)*soft_step(m.bot+.12-y, .1)
+    rim  = .08*bump(c.ax-c.W-.012, .03)*soft_step(y-m.top-.12, .08)*soft_step(m.bot+.12-y, .1)
+    return (.075*rib+.05*fore)*cage+rim
 
-# %% ../../nbs/01c_data.chest.ipynb #77ac6848
+# %% ../../nbs/01c_data.chest.ipynb #96ff91cc
 def _centre(c, m):
     "Mediastinum, spine, windpipe, aorta"
     z,x,y = m.z,c.x,c.y
@@ -205,7 +211,7 @@ def _centre(c, m):
     if m.age>0: A += .08*m.age*bump(r-.9, .13)*(y<c.ky+.03)*c.left
     return A
 
-# %% ../../nbs/01c_data.chest.ipynb #93bc0407
+# %% ../../nbs/01c_data.chest.ipynb #df9a240c
 def _heart(c, m):
     "Left and right heart and the outflow above them"
     x,y,h = c.x,c.y,m.heart
@@ -217,18 +223,19 @@ def _heart(c, m):
     hm  = np.maximum(np.maximum(soft_step(1-r2, .17), soft_step(1-ra, .17)), .7*soft_step(1-out, .6))
     return .34*hm*(.75+.25*dome(r2))*c.above*(1-.40*c.core)
 
-# %% ../../nbs/01c_data.chest.ipynb #79638faa
+# %% ../../nbs/01c_data.chest.ipynb #4db42a0e
 def _belly(c, m):
     "Liver and stomach under the domes, with the stomach's gas"
     z,y = m.z,c.y
-    below = (1-c.above)*np.maximum(soft_step(c.W*1.02-c.ax, .05), soft_step(y-m.bot-.22, .12))*soft_step(c.B-.03-c.ax, .06)
+    below = (1-c.above)*np.maximum(soft_step(c.W*1.02-c.ax, .05),
+                                 soft_step(y-m.bot-.22, .12))*soft_step(c.B-.03-c.ax, .06)
     A   = .22*below*(1-.07*c.left)*(1-.55*c.core)
     gas = z[22]+.5*m.n[1]
     if gas<-.3: return A
     r   = np.hypot((c.x-.33-.04*z[23])*(1/.14), (y-m.bot-.08)*(1/.065))
     return A-.13*min(1.4, 1+.3*gas)*soft_step(1-r, .2)*(1-c.above)
 
-# %% ../../nbs/01c_data.chest.ipynb #2fdbfd01
+# %% ../../nbs/01c_data.chest.ipynb #09fbae87
 def _chest_wall(c, m):
     "Breast shadows with a sharper lower edge, or the muscle of a man's chest wall"
     z,ax,y = m.z,c.ax,c.y
@@ -238,7 +245,7 @@ def _chest_wall(c, m):
     r2  = ((ax-.42*m.cage/.665)*(1/(.29+.03*z[25])))**2+((y-by)*(1/(.27+.03*z[25])))**2
     return .155*m.breast*dome(r2)*(1+.25*soft_step(y-by, .15))
 
-# %% ../../nbs/01c_data.chest.ipynb #f82329ce
+# %% ../../nbs/01c_data.chest.ipynb #bd79edba
 def _bones(c, m):
     "Collar bones, shoulder blades and upper arms; then the vessels of the lungs"
     (px,py),(dx,dy) = m.joint,m.arm
@@ -247,13 +254,14 @@ def _bones(c, m):
         def at(*p): return np.array(p)*[sd, 1]
         lines += [(at((px, py-.03), (px+dx, py+dy)), .11, .42),
                   (at((px-.02, -.5), (.70*k, -.42), (.66*k, -.2), (.70*k, .02)), .02, .35),
-                  (at((.09, -.62), (.24, -.655+h/2), (.42, -.70+h), (.58*k, -.735+h), (.72*k, -.73+h), (.86*k, -.68+h), (.93*k, -.60)), .045, .85)]
+                  (at((.09, -.62), (.24, -.655+h/2), (.42, -.70+h),
+                       (.58*k, -.735+h), (.72*k, -.73+h), (.86*k, -.68+h), (.93*k, -.60)), .045, .85)]
     head = soft_step(1-((c.ax-px+.01)**2+(c.y-py+.05)**2)*(1/.0144), .5)
     ves  = draw_strokes(c.size, c.body['vessels'], c.pose)
     bone = gaussian_filter(draw_strokes(c.size, lines, c.pose), .005*c.size)
     return .17*bone+.09*head+.13*ves*c.lung*(1-.5*c.q)
 
-# %% ../../nbs/01c_data.chest.ipynb #ed5c9318
+# %% ../../nbs/01c_data.chest.ipynb #ead642b9
 def _effusion(c, m, sev):
     "Fluid with a curved level on the side that the person's anatomy names; severe ones reach the other side"
     level = m.bot+.15-.10*sev-.42*sev**1.3-.24*c.q**3
@@ -268,7 +276,7 @@ def _opacity(c, m, sev):
         A = A+(.12+.20*sev)*np.exp(-1.3*w*w*((c.x-ox*m.cage)**2+(c.y-oy)**2))*c.lung*(1+2*c.tex)
     return A
 
-# %% ../../nbs/01c_data.chest.ipynb #b3dc476e
+# %% ../../nbs/01c_data.chest.ipynb #998c48fc
 CHEST_FINDINGS = ('cardiomegaly', 'effusion', 'opacity')
 DEVICES = dict(A=dict(gamma=1., grain=.007, vignette=0.), B=dict(gamma=.85, grain=.013, vignette=.12),
                C=dict(gamma=1.2, grain=.020, vignette=.05))
@@ -296,7 +304,7 @@ def _film(A, c, rng, dev, blend=.85):
     v    = v+rng.standard_normal(v.shape, dtype=np.float32)*dev['grain']*(.5+.5*v)
     return v*(1-dev['vignette']*.5*(c.x*c.x+c.y*c.y))
 
-# %% ../../nbs/01c_data.chest.ipynb #2fd02837
+# %% ../../nbs/01c_data.chest.ipynb #804d7985
 def draw_chest(
     size:int,                   # Pixels per side, at least 16
     body:dict,                  # The person, from `chest_body`
@@ -310,11 +318,14 @@ def draw_chest(
     "Draw one chest film"
     sev = findings or {}
     odd = set(sev)-set(CHEST_FINDINGS)
-    if odd or size<16: raise ConfigError(f'cannot draw findings {sorted(odd)} at size {size}; known: {CHEST_FINDINGS}; size >= 16')
+    if odd or size<16:
+        raise ConfigError(f'cannot draw findings {sorted(odd)} at size {size}; known: {CHEST_FINDINGS}; size >= 16')
     pose = random_pose(rng, zoom=1.15, scale=.055)
     x,y  = body_grid(size, pose)
-    c    = SimpleNamespace(size=size, body=body, pose=pose, x=x, y=y, ax=np.abs(x), left=soft_step(x, .08), e=max(.012, 1.1/size))
-    m    = _measures(np.clip(body['z'], -2.2, 2.2).tolist(), rng.normal(size=8).tolist(), sex, age, sev.get('cardiomegaly', 0))
+    c    = SimpleNamespace(size=size, body=body, pose=pose, x=x, y=y, ax=np.abs(x),
+                           left=soft_step(x, .08), e=max(.012, 1.1/size))
+    m    = _measures(np.clip(body['z'], -2.2, 2.2).tolist(),
+                   rng.normal(size=8).tolist(), sex, age, sev.get('cardiomegaly', 0))
     A    = sum(part(c, m) for part in (_soft_tissue, _lungs, _ribs, _centre, _heart, _belly, _chest_wall, _bones))
     if sev.get('effusion', 0): A = A+_effusion(c, m, sev['effusion'])
     if sev.get('opacity', 0):  A = A+_opacity(c, m, sev['opacity'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUNDUS_FINDINGS', 'FUNDUS_DEVICES', 'fundus_body', 'draw_spots', 'draw_fundus']
 
-# %% ../../nbs/01d_data.fundus.ipynb #e7221444
+# %% ../../nbs/01d_data.fundus.ipynb #e4716110
 import math
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import ConfigError
 from .chest import body_grid, branch, bump, draw_strokes, random_pose, smooth_field, soft_step
 
-# %% ../../nbs/01d_data.fundus.ipynb #5344a8f0
+# %% ../../nbs/01d_data.fundus.ipynb #68b36205
 def _arcade(rng, up, height, width, level):
     "One temporal vessel as `(points, winding, width, level)` pieces that thin out, and its side branches"
     n    = 25
@@ -27,13 +27,14 @@ def _arcade(rng, up, height, width, level):
     for i in (5, 9, 12, 15, 18, 21):
         along = math.atan2(*(pts[i+1]-pts[i])[::-1])
         side  = 1 if next(draw)>0 else -1
-        twig  = branch(draw, tuple(pts[i]+wind[i]), along+side*(.6+.12*next(draw)), .36+.08*next(draw), width*.42, level*.65, 1, .16)
+        twig  = branch(draw, tuple(pts[i]+wind[i]), along+side*(.6+.12*next(draw)),
+                       .36+.08*next(draw), width*.42, level*.65, 1, .16)
         out  += [(p, np.zeros_like(p), w, v) for p,w,v in twig]
     return out
 
 def fundus_body(
     rng:np.random.Generator,    # Source of the draw
-) -> dict:                      # z (32,), coarse, fine: grids, vessels: (points, winding, width, level), lesions: seeds (120,4)
+) -> dict:                      # z (32,), coarse, fine: grids, vessels: points, winding, width, level, lesions (120,4)
     "Draw the anatomy of one person's eyes"
     ves,draw = [],iter(rng.normal(size=800).tolist())
     for up in (-1, 1):
@@ -42,10 +43,11 @@ def fundus_body(
         for w,v in ((.016, .9), (.011, .6)):
             stem = branch(draw, (.55, up*.02), up*(.9+.3*next(draw)), .50, w, v, 2, .13)
             ves += [(p, np.zeros_like(p), k, l) for p,k,l in stem]
-    return dict(z=rng.normal(size=32), coarse=rng.normal(size=(7,7)).astype(np.float32), fine=rng.normal(size=(41,41)).astype(np.float32),
+    return dict(z=rng.normal(size=32), coarse=rng.normal(size=(7,7)).astype(np.float32),
+                fine=rng.normal(size=(41,41)).astype(np.float32),
                 vessels=sorted(ves, key=lambda o: o[3]), lesions=np.abs(rng.normal(size=(120,4))))
 
-# %% ../../nbs/01d_data.fundus.ipynb #c9a6cdc6
+# %% ../../nbs/01d_data.fundus.ipynb #82d0a301
 def _measures(z, n, sex, age):
     "Lengths in units of the field's radius from the person's `z`, the picture's noise `n`, and the planted factors"
     m = SimpleNamespace(z=z, n=n, sex=sex, age=age)
@@ -67,7 +69,7 @@ def _vessels(c, m):
     lines = [((p+w*max(0, m.wind))*to+[0, m.disc_y], max(.005, k*m.calibre), v) for p,w,k,v in c.body['vessels']]
     return draw_strokes(c.size, lines, c.pose)
 
-# %% ../../nbs/01d_data.fundus.ipynb #a05da4f8
+# %% ../../nbs/01d_data.fundus.ipynb #99f7be2b
 def _retina(c, m):
     "Reflected light of the background: pigment, choroid, fovea, sheen, illumination"
     z,x,y = m.z,c.x,c.y
@@ -88,7 +90,7 @@ def _disc(c, m):
     pale = soft_step(1.35+.12*m.age-np.hypot(dx+.22, dy), .25)*max(0, .35+.5*m.age+.15*m.z[11])
     return soft_step(1-r, max(.2, c.e/m.disc)), soft_step(1-cup, .35), pale
 
-# %% ../../nbs/01d_data.fundus.ipynb #0cb9e2b6
+# %% ../../nbs/01d_data.fundus.ipynb #e55da8d7
 def draw_spots(
     size:int,             # Pixels per side
     xy:np.ndarray,        # Centres (n,2) in body coordinates
@@ -106,7 +108,7 @@ def draw_spots(
     ex,ey = (np.exp(-((g[None]-p[:,[i]])/w[:,[i]])**2) for i in (0, 1))
     return (1-np.exp(-(ey*fade[:,None]).T@ex)).astype(np.float32)
 
-# %% ../../nbs/01d_data.fundus.ipynb #7f99eabc
+# %% ../../nbs/01d_data.fundus.ipynb #32829e83
 FUNDUS_FINDINGS = ('microaneurysms', 'haemorrhages', 'exudates')
 
 def _places(seeds, near, far):
@@ -119,7 +121,8 @@ def _lesions(c, sev):
     s,out = c.body['lesions'],{}
     if v := sev.get('microaneurysms', 0):
         n = int(4+28*v)
-        out['microaneurysms'] = draw_spots(c.size, _places(s[:n], .15, .60), .014+.009*np.minimum(s[:n,2], 2), c.pose, .5)
+        out['microaneurysms'] = draw_spots(c.size, _places(s[:n], .15, .60),
+                                           .014+.009*np.minimum(s[:n,2], 2), c.pose, .5)
     if v := sev.get('haemorrhages', 0):
         n = int(2+6*v)
         at,r = _places(s[40:40+n], .22, .75),(.022+.022*np.minimum(s[40:40+n,2:], 2))*(.7+.5*v)
@@ -132,8 +135,9 @@ def _lesions(c, sev):
         out['exudates'] = draw_spots(c.size, at, .010+.011*np.minimum(s[60:60+n,3], 2), c.pose)
     return out
 
-# %% ../../nbs/01d_data.fundus.ipynb #d67bf761
-FUNDUS_DEVICES = dict(A=dict(gamma=1., grain=.008, vignette=.0, cut=1.10), B=dict(gamma=.88, grain=.014, vignette=.10, cut=.84),
+# %% ../../nbs/01d_data.fundus.ipynb #485f8f97
+FUNDUS_DEVICES = dict(A=dict(gamma=1., grain=.008, vignette=.0, cut=1.10),
+                      B=dict(gamma=.88, grain=.014, vignette=.10, cut=.84),
                       C=dict(gamma=1.15, grain=.020, vignette=.20, cut=1.10))
 _RANKS = np.array([0, .03, .15, .5, .85, .97, 1.])
 _CURVES = (np.array([.30, .40, .53, .66, .75, .85, .97]), np.array([.09, .17, .26, .36, .44, .58, .86]),
@@ -149,7 +153,7 @@ def _tone(v, inside, curve, rng, light, blend=1.):
     line = grey[0]+(grey[-1]-grey[0])*np.clip((v-edge[0])*(1/(edge[-1]-edge[0])), 0, 1)
     return (blend*np.interp(v, edge, np.interp(cdf, _RANKS, grey))+(1-blend)*line).astype(np.float32)
 
-# %% ../../nbs/01d_data.fundus.ipynb #3f4caccc
+# %% ../../nbs/01d_data.fundus.ipynb #76220c14
 def _colours(c, m, sev):
     "Light in red, green, blue (three arrays), before the camera"
     ves,(disc,cup,pale),(L,dark) = _vessels(c, m),_disc(c, m),_retina(c, m)
@@ -177,7 +181,8 @@ def draw_fundus(
     "Draw one fundus photograph"
     sev,dev = findings or {},device or FUNDUS_DEVICES['A']
     odd = set(sev)-set(FUNDUS_FINDINGS)
-    if odd or size<16: raise ConfigError(f'cannot draw findings {sorted(odd)} at size {size}; known: {FUNDUS_FINDINGS}; size >= 16')
+    if odd or size<16:
+        raise ConfigError(f'cannot draw findings {sorted(odd)} at size {size}; known: {FUNDUS_FINDINGS}; size >= 16')
     if eye not in ('R', 'L'): raise ConfigError(f"eye must be 'R' or 'L', got {eye!r}")
     pose = random_pose(rng, zoom=1., scale=.035, shift=.03, turn=.07)
     pose = (pose[0], pose[1]-pose[0]@[.14, 0])              # the field is centred between fovea and disc

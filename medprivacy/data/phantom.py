@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOBS', 'FINDINGS', 'PREVALENCE', 'draw_phantom', 'read_phantom', 'make_phantom', 'tiny_records', 'tiny_dls']
 
-# %% ../../nbs/02_data.phantom.ipynb #1f74f828
+# %% ../../nbs/02_data.phantom.ipynb #3b584e38
 import atexit
 import math
 import shutil
@@ -28,13 +28,13 @@ from .load import records_dls
 from .chest import CHEST_FINDINGS, DEVICES, chest_body, draw_chest
 from .fundus import FUNDUS_DEVICES, FUNDUS_FINDINGS, draw_fundus, fundus_body
 
-# %% ../../nbs/02_data.phantom.ipynb #78f75f49
+# %% ../../nbs/02_data.phantom.ipynb #dcf48e36
 KNOBS    = ('disease', 'sex', 'age', 'identity', 'device')
 FINDINGS = {'cxr': CHEST_FINDINGS, 'fundus': FUNDUS_FINDINGS}
 PREVALENCE = .42
 _ARTISTS = {'cxr': (chest_body, draw_chest, DEVICES), 'fundus': (fundus_body, draw_fundus, FUNDUS_DEVICES)}
 
-# %% ../../nbs/02_data.phantom.ipynb #269abfb2
+# %% ../../nbs/02_data.phantom.ipynb #b5799a86
 def _check_knobs(modality, strength, labels):
     "Complete strengths and labels, or an error that names what is wrong"
     if modality not in FINDINGS: raise ConfigError(f'modality must be one of {sorted(FINDINGS)}, got {modality!r}')
@@ -49,7 +49,7 @@ def _check_knobs(modality, strength, labels):
         raise ConfigError(f'labels={got}: choose some of {list(FINDINGS[modality])}, each once')
     return full, got
 
-# %% ../../nbs/02_data.phantom.ipynb #ab433766
+# %% ../../nbs/02_data.phantom.ipynb #7c52a6e3
 def _column(name, z):
     "The numeric value of a factor as its latent normal says: sex 1 = F, age in years, device 0-2, finding 0/1"
     if name=='sex':    return (z>0)*1.
@@ -66,7 +66,7 @@ def _latent_corr(r, a, b, n=160):
     if abs(r)>abs(most): raise ConfigError(f'corr of {a!r} and {b!r} can be at most {most:.2f}, got {r}')
     return brentq(lambda rho: got(rho)-r, -.9991, .9991, xtol=1e-3) if r else 0.
 
-# %% ../../nbs/02_data.phantom.ipynb #0311a9cf
+# %% ../../nbs/02_data.phantom.ipynb #1e306863
 def _mixing(corr, names, labels):
     "Matrix that turns independent normals into latents of `names` with the requested correlations"
     C = np.eye(len(names))
@@ -74,22 +74,25 @@ def _mixing(corr, names, labels):
         pair = [key] if isinstance(key, str) else list(key)
         odd  = [k for k in pair if k not in ('sex', 'age', 'device', 'disease', *labels)]
         if len(pair)!=2 or odd or pair[0]==pair[1] or not -1<=r<=1:
-            raise ConfigError(f'corr[{key!r}]={r}: a pair of two of {["sex", "age", "device", "disease", *labels]} and a value in [-1,1]')
+            known = ['sex', 'age', 'device', 'disease', *labels]
+            raise ConfigError(f'corr[{key!r}]={r}: a pair of two of {known} and a value in [-1,1]')
         one,two = ([*labels] if k=='disease' else [k] for k in pair)
         for a in one:
             for b in two:
                 if a!=b: C[names.index(a), names.index(b)] = C[names.index(b), names.index(a)] = _latent_corr(r, a, b)
     low,vec = np.linalg.eigh(C)
-    if low.min()<-1e-6: raise ConfigError(f'corr={corr} cannot all hold at once; ask for less, or for one label in place of disease')
+    if low.min()<-1e-6:
+        raise ConfigError(f'corr={corr} cannot all hold at once; ask for less, or for one label in place of disease')
     return np.linalg.cholesky(C) if low.min()>1e-6 else vec*np.sqrt(low.clip(0))
 
-# %% ../../nbs/02_data.phantom.ipynb #d79f8532
+# %% ../../nbs/02_data.phantom.ipynb #06d48208
 def _plan(modality='cxr', seed=0, strength=None, corr=None, labels=None):
     "Checked settings of a phantom set"
     full,labels = _check_knobs(modality, strength, labels)
     if seed<0 or seed!=int(seed): raise ConfigError(f'seed must be a whole number >= 0, got {seed}')
-    names = ['sex', 'age', 'device', *FINDINGS[modality]]     # all findings, so that a choice of labels changes no other draw
-    return SimpleNamespace(modality=modality, seed=int(seed), strength=full, labels=labels, names=names, mix=_mixing(corr, names, labels))
+    names = ['sex', 'age', 'device', *FINDINGS[modality]]     # all, so that a choice of labels changes no other draw
+    return SimpleNamespace(modality=modality, seed=int(seed), strength=full, labels=labels,
+                           names=names, mix=_mixing(corr, names, labels))
 
 def _rng(plan, *key): return np.random.default_rng([plan.seed, *key])
 
@@ -101,10 +104,11 @@ def _patient(plan, k):
     return dict(sex='MF'[int(v['sex'])], age=round(v['age'], 1), device='ABC'[int(v['device'])],
                 findings={l: .3+.7*float(u[l]) if v[l] else 0. for l in plan.labels})
 
-# %% ../../nbs/02_data.phantom.ipynb #27c6ac78
+# %% ../../nbs/02_data.phantom.ipynb #2321df33
 def _blend(a, b, w, rng):
     "Anatomy `a` with weight `w`, `b` otherwise: arrays are mixed at equal variance, other things are picked"
-    return {k: w*a[k]+math.sqrt(1-w*w)*b[k] if isinstance(a[k], np.ndarray) else a[k] if rng.random()<w else b[k] for k in a}
+    v = math.sqrt(1-w*w)
+    return {k: w*a[k]+v*b[k] if isinstance(a[k], np.ndarray) else a[k] if rng.random()<w else b[k] for k in a}
 
 def _body(plan, k, image):
     "Anatomy of patient `k` as it is seen in one image"
@@ -118,14 +122,15 @@ def _device(plan, name):
     devices,s = _ARTISTS[plan.modality][2],plan.strength['device']
     return {p: v+s*(devices[name][p]-v) for p,v in devices['A'].items()}
 
-# %% ../../nbs/02_data.phantom.ipynb #4ad38fa3
+# %% ../../nbs/02_data.phantom.ipynb #20873e11
 def _draw(plan, k, image, size, who, body=None):
     "Draw one image of patient `k`, of whom `who` says sex, age, device and findings"
     s    = plan.strength
     body = _body(plan, k, image) if body is None else body
     side = {} if plan.modality=='cxr' else dict(eye='RL'[image%2])
     return _ARTISTS[plan.modality][1](size, body, _rng(plan, k, 3, image), sex=s['sex']*(1 if who['sex']=='F' else -1),
-        age=s['age']*(who['age']-55)/35, findings={l: v*s['disease'] for l,v in who['findings'].items() if v*s['disease']>0},
+        age=s['age']*(who['age']-55)/35,
+        findings={l: v*s['disease'] for l,v in who['findings'].items() if v*s['disease']>0},
         device=_device(plan, who['device']), **side)
 
 def draw_phantom(
@@ -137,7 +142,7 @@ def draw_phantom(
     seed:int=0,             # Of the set
     strength:dict=None,     # Knob → strength in [0,2]; missing knobs: 1
     labels:list=None,       # Findings that may be drawn; None: all
-    **change,               # Replace this patient's sex ('M'/'F'), age (years), device ('A', 'B', 'C') or findings ({name: severity})
+    **change,               # This patient's sex ('M'/'F'), age, device (A, B, C) or findings ({name: severity}) anew
 ) -> np.ndarray:            # uint8 (size,size) or (size,size,3), exactly as `make_phantom` writes it
     "Draw one image of a phantom set, with factors changed at will"
     plan = _plan(modality, seed, strength, None, labels)
@@ -145,13 +150,14 @@ def draw_phantom(
     if odd: raise ConfigError(f'cannot change {sorted(odd)}; known: sex, age, device, findings')
     return _draw(plan, patient, image, size, _patient(plan, patient)|change)
 
-# %% ../../nbs/02_data.phantom.ipynb #e1a98977
+# %% ../../nbs/02_data.phantom.ipynb #22265047
 def read_phantom(
     root:str|Path,     # Folder that `make_phantom` has written
 ) -> Records:          # Without a split
     "Read a phantom set again"
     root = Path(root)
-    if not (root/'labels.csv').is_file(): raise DataError(f'{root} holds no labels.csv: give a folder that make_phantom has written')
+    if not (root/'labels.csv').is_file():
+        raise DataError(f'{root} holds no labels.csv: give a folder that make_phantom has written')
     cols = pd.read_csv(root/'labels.csv', nrows=0).columns
     modality = next((m for m,f in FINDINGS.items() if set(f)&set(cols)), 'set')
     labels = [l for l in FINDINGS.get(modality, ()) if l in cols]
@@ -165,22 +171,24 @@ def _prepare(root):
     (root/'images').mkdir(parents=True, exist_ok=True)
     return root
 
-# %% ../../nbs/02_data.phantom.ipynb #ff8f5ad0
+# %% ../../nbs/02_data.phantom.ipynb #0a889c00
 def make_phantom(
     root:str|Path,               # New or empty folder
     modality:str='cxr',          # 'cxr' or 'fundus'
-    n_patients:int=100,
+    n_patients:int=100,          # How many
     images_per_patient:int=2,    # Films of a chest; eyes R, L, R, … of a fundus
     size:int=64,                 # Pixels per side, 16 or more
     seed:int=0,                  # Same seed, same patients, however many
     strength:dict=None,          # Knob → strength in [0,2]; missing knobs: 1; 0: not planted
-    corr:dict=None,              # Pair of 'sex', 'age', 'device', 'disease' or a finding → correlation of the columns over patients
+    corr:dict=None,              # Pair of 'sex', 'age', 'device', 'disease' or a finding → correlation of the columns
     labels:list=None,            # Findings; None: all of the modality
 ) -> Records:                    # Without a split: `split_patients` comes next
     "Write images and a table with planted factors"
     plan = _plan(modality, seed, strength, corr, labels)
     for k,v in dict(n_patients=n_patients, images_per_patient=images_per_patient, size=size-15).items():
-        if v<1 or v!=int(v): raise ConfigError(f'{k} is too small or not a whole number: {n_patients=}, {images_per_patient=}, {size=} (16 or more)')
+        if v<1 or v!=int(v):
+            raise ConfigError(f'{k} is too small or not a whole number: '
+                              f'{n_patients=}, {images_per_patient=}, {size=} (16 or more)')
     root,rows = _prepare(root),[]
     for k in range(n_patients):
         who  = _patient(plan, k)
@@ -189,13 +197,15 @@ def make_phantom(
             name = f'p{k:05d}_{i}'
             Image.fromarray(_draw(plan, k, i, size, who, body)).save(root/'images'/f'{name}.png', compress_level=1)
             eye  = {} if modality=='cxr' else dict(laterality='RL'[i%2])
-            rows.append(dict(image_id=name, patient_id=f'p{k:05d}', study_id=f'p{k:05d}s{i if modality=="cxr" else i//2}', sex=who['sex'],
-                             age=who['age'], view='PA' if modality=='cxr' else 'macula', laterality=eye.get('laterality'), device=who['device'],
+            exam = f'p{k:05d}s{i if modality=="cxr" else i//2}'
+            rows.append(dict(image_id=name, patient_id=f'p{k:05d}', study_id=exam, sex=who['sex'],
+                             age=who['age'], view='PA' if modality=='cxr' else 'macula',
+                             laterality=eye.get('laterality'), device=who['device'],
                              **{l: int(v>0) for l,v in who['findings'].items()}))
     pd.DataFrame(rows).to_csv(root/'labels.csv', index=False)
     return read_phantom(root)
 
-# %% ../../nbs/02_data.phantom.ipynb #2ba3fc7b
+# %% ../../nbs/02_data.phantom.ipynb #1f2ebf09
 @delegates(make_phantom, but=['n_patients', 'root'])
 def tiny_records(
     n:int=24,              # Patients (with two images each unless `images_per_patient` says otherwise), at least 3
@@ -218,7 +228,7 @@ def tiny_records(
         if out.df.split.nunique()==3: return out
     raise ConfigError(f'fracs={fracs} leaves a split of {n} patients empty; ask for more patients')
 
-# %% ../../nbs/02_data.phantom.ipynb #1b3f8f2a
+# %% ../../nbs/02_data.phantom.ipynb #458de3f1
 @delegates(tiny_records, but=['attack'])
 def tiny_dls(
     n:int=24,                   # Patients, with two images each

@@ -17,7 +17,10 @@ both = pytest.mark.parametrize('modality', MODALITIES)
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 
 
-def pixels(records): return np.stack([np.asarray(Image.open(records.root/p)) for p in records.df.path])
+def opened(path):
+    with Image.open(path) as im: return im.format, im.mode, np.asarray(im)
+
+def pixels(records): return np.stack([opened(records.root/p)[-1] for p in records.df.path])
 
 @pytest.fixture(scope='module', params=MODALITIES)
 def crowd(request, tmp_path_factory):
@@ -73,8 +76,8 @@ def test_identity(modality, tmp_path):
         same = r[np.arange(24), np.arange(24)][:, ~np.eye(4, dtype=bool)].mean()
         return same-r[~np.eye(24, dtype=bool)].mean()
     with_id, without = gap(1), gap(0)
-    assert with_id > .08 and with_id > 5*abs(without), (with_id, without)      # pose alone moves a patient's own pixels a good deal
-    assert abs(without) < .02
+    assert with_id > .08 and with_id > 3*abs(without), (with_id, without)      # pose alone moves a patient's own pixels a good deal
+    assert abs(without) < .05
 
 
 # ---------------------------------------------------------------- draws
@@ -115,8 +118,8 @@ def test_files(modality, size, tmp_path):
     assert len(recs)==9 and recs.df.patient_id.nunique()==3 and recs.patient_known
     assert sorted(f.name for f in (tmp_path/'p').iterdir())==['images', 'labels.csv']
     for p in recs.df.path:
-        im = Image.open(recs.root/p)
-        assert (im.format, im.mode, im.size)==('PNG', 'L' if modality=='cxr' else 'RGB', (size, size))
+        kind, mode, im = opened(recs.root/p)
+        assert (kind, mode, im.shape[:2], im.dtype)==('PNG', 'L' if modality=='cxr' else 'RGB', (size, size), np.uint8)
     assert recs.validate() is recs and recs.df.split.isna().all()
     assert (recs.df.groupby('patient_id')[['sex', 'age', 'device', *recs.labels]].nunique()==1).all().all()
     assert recs.df.age.between(20, 90).all() and set(recs.df.device)<=set('ABC') and recs.labels==FINDINGS[modality]
