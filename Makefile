@@ -7,7 +7,7 @@ export WANDB_MODE ?= disabled
 .PHONY: demo test docs lab bench
 
 demo: $(STAMP)
-	medprivacy_demo --overwrite
+	PYTHONWARNINGS=ignore::FutureWarning medprivacy_demo --overwrite
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shuffle_attribute', 'attack_attribute', 'GaussianNoise', 'mean_change', 'matched_noise']
 
-# %% ../nbs/31_attack.ipynb #024b3117
+# %% ../nbs/31_attack.ipynb #1a1f3fd2
 import numpy as np
 import pandas as pd
 import torch
@@ -15,12 +15,15 @@ from .data.core import Predictions, Records, concat_predictions
 from .data.load import median_age, records_dls
 from .probe import train_probe
 
-# %% ../nbs/31_attack.ipynb #294dd6dd
+# %% ../nbs/31_attack.ipynb #4c680ddc
 def _attack_part(records, obfuscator):
     out = records.select(part='attack')
-    if not len(out): raise DataError(f"{records.name}: no row belongs to part 'attack'; call split_patients or assign_parts")
+    if not len(out):
+        raise DataError(f"{records.name}: no row belongs to part 'attack'; call split_patients or assign_parts")
     both = set(out.df.patient_id) & set(getattr(obfuscator, 'patients', ()))
-    if both: raise LeakageError(f'{len(both)} patient(s) of the attack were used to train the obfuscator; keep their parts apart with assign_parts')
+    if both:
+        raise LeakageError(f'{len(both)} patient(s) of the attack were used to train the obfuscator; keep their parts '
+                           f'apart with assign_parts')
     return out
 
 def shuffle_attribute(
@@ -35,11 +38,11 @@ def shuffle_attribute(
     for _,ids in one.groupby('split').groups.items(): one.loc[ids, col] = rng.permutation(one.loc[ids, col].to_numpy())
     return records._with(records.df.assign(**{col: records.df.patient_id.map(one[col])}))
 
-# %% ../nbs/31_attack.ipynb #1ea6cea5
+# %% ../nbs/31_attack.ipynb #d11df874
 def attack_attribute(
     records:Records,              # With a split; only part 'attack' is used
     attribute:str='sex',          # 'sex', 'age', 'age>median', or a label column
-    obfuscator=None,              # Attack its releases; None: the raw images
+    obfuscator:object=None,       # Attack its releases; None: the raw images
     archs:tuple=('small_resnet', 'resnet9'),    # Architectures, see `create_classifier`; at least two for a claim
     *,
     shuffle:bool=False,           # Control: attributes of other patients
@@ -53,19 +56,21 @@ def attack_attribute(
     device:str=None,              # None: the best that is present
     run:str='',                   # Run name in the predictions
     progress:bool=False,          # Show fastai's progress tables
-) -> Predictions:                 # Of validation and test patients, one row per image and attacker, with learning curves
+) -> Predictions:                 # One row per validation or test image and attacker, with learning curves
     "Train fresh attackers and score their test patients"
-    if isinstance(archs, str) or not len(archs): raise ConfigError(f'archs must be a list of architectures, got {archs!r}')
+    if isinstance(archs, str) or not len(archs):
+        raise ConfigError(f'archs must be a list of architectures, got {archs!r}')
     part   = _attack_part(records, obfuscator)
     median = median_age(part) if attribute == 'age>median' else None
     if shuffle: part = shuffle_attribute(part, attribute, seed)
     dls = records_dls(part, attribute, size, bs, mechanism=obfuscator, draws=draws, device=device, median=median)
     names = [a if list(archs).count(a) == 1 else f'{a}#{i}' for i,a in enumerate(archs)]
-    out = [train_probe(part, attribute, a, size=size, epochs=epochs, bs=bs, lr=lr, patience=patience, seed=seed+i, device=device, median=median,
+    out = [train_probe(part, attribute, a, size=size, epochs=epochs, bs=bs, lr=lr, patience=patience, seed=seed+i,
+                       device=device, median=median,
                        name=n, run=run, progress=progress, dls=dls).preds for i,(a,n) in enumerate(zip(archs, names))]
     return concat_predictions(out)
 
-# %% ../nbs/31_attack.ipynb #3c863a8c
+# %% ../nbs/31_attack.ipynb #11f38fe5
 class GaussianNoise:
     "Add independent Gaussian noise to every pixel and clamp to [0,1]"
     patients = frozenset()
@@ -80,21 +85,22 @@ class GaussianNoise:
     def __repr__(self): return f'GaussianNoise({self.sigma:.4f})'
 
 def mean_change(
-    mechanism,           # (x in [0,1]) → the same shape
+    mechanism:object,    # (x in [0,1]) → the same shape
     x:torch.Tensor,      # (B,C,H,W) in [0,1]
 ) -> float:              # Mean |Δ| per pixel
     "How much a mechanism changes images on average"
     with torch.no_grad(): return float((mechanism(x) - x).abs().mean())
 
-# %% ../nbs/31_attack.ipynb #e134ffff
+# %% ../nbs/31_attack.ipynb #80261588
 def matched_noise(
-    mechanism,               # The mechanism to compare with
+    mechanism:object,        # The mechanism to compare with
     x:torch.Tensor,          # (B,C,H,W) in [0,1]: images on which both are measured
     seed:int=0,              # Of the noise that is measured
 ) -> GaussianNoise:          # With the same mean |Δ| after clamping, to 1e-3
     "Gaussian noise that changes `x` as much as `mechanism` does"
     want, lo, hi = mean_change(mechanism, x), 0., 1.
-    def size(sigma): return mean_change(lambda v: GaussianNoise(sigma)(v, generator=torch.Generator().manual_seed(seed)), x)
+    def size(sigma):
+        return mean_change(lambda v: GaussianNoise(sigma)(v, generator=torch.Generator().manual_seed(seed)), x)
     while size(hi) < want - 1e-3:
         hi *= 2
         if hi > 64: raise ConfigError(f'no clamped Gaussian noise changes these images by {want:.3f} on average')

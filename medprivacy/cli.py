@@ -6,27 +6,23 @@
 __all__ = ['medprivacy_demo', 'medprivacy_obfuscate', 'medprivacy_attack', 'medprivacy_train', 'medprivacy_evaluate',
            'medprivacy_report']
 
-# %% ../nbs/70_cli.ipynb #4f237b21
-import warnings
-warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated', FutureWarning)    # fastai's import; a user of a command can do nothing about it
-
-# %% ../nbs/70_cli.ipynb #413113d0
+# %% ../nbs/70_cli.ipynb #bd3fc230
 import functools, sys
 from pathlib import Path
 
-import pandas as pd
 from fastcore.meta import delegates
 from fastcore.script import call_parse, store_true
 
 from .core import ConfigError, MedPrivacyError, Run, add_config, add_table, open_run, pick_device
-from .data.core import concat_predictions, load_predictions
+from .data.core import load_predictions
 from .evaluate import metrics_table
 from .fairness import by_group
 from .obfuscate import Obfuscator
 from .report import report
-from .study import attack_stage, demo_stages, headline, obfuscate_stage, picture_stage, study_records, train_stage, utility_stage
+from .study import (attack_stage, demo_stages, headline, obfuscate_stage, picture_stage, study_records,
+                              train_stage, utility_stage)
 
-# %% ../nbs/70_cli.ipynb #69f61cfa
+# %% ../nbs/70_cli.ipynb #9b2fa2b5
 def _one_line_errors(f):
     "Turn our errors into one line on stderr and exit code 2"
     @functools.wraps(f)
@@ -41,19 +37,24 @@ def _items(text, kind=str): return [kind(t.strip()) for t in str(text).split(','
 
 def _show(df): print('\n' + df.to_string(index=False) + '\n')
 
-# %% ../nbs/70_cli.ipynb #837e6a64
+# %% ../nbs/70_cli.ipynb #c93dc727
 def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality='cxr', **cols):
     "The section `data` of a run: a table if there is one, else phantoms"
-    if csv is None: return dict(phantom=True, modality=modality, n_patients=n_patients, size=size, seed=seed, name=f'{modality} phantoms')
-    if not labels: raise ConfigError('--labels is missing: name the label columns of the table, e.g. --labels effusion,cardiomegaly')
+    if csv is None:
+        return dict(phantom=True, modality=modality, n_patients=n_patients, size=size, seed=seed,
+                    name=f'{modality} phantoms')
+    if not labels:
+        raise ConfigError('--labels is missing: name the label columns of the table, e.g. --labels '
+                          'effusion,cardiomegaly')
     root = Path(root or Path(csv).parent)
-    return dict(cols, phantom=False, csv=str(csv), root=str(root), labels=_items(labels), size=size, seed=seed, name=root.name)
+    return dict(cols, phantom=False, csv=str(csv), root=str(root), labels=_items(labels), size=size, seed=seed,
+                name=root.name)
 
 def _open(out, data, attribute, resume, overwrite) -> Run:
     if resume and not overwrite: return open_run(out)
     return open_run(out, dict(data=data, attribute=attribute), overwrite=overwrite)
 
-# %% ../nbs/70_cli.ipynb #e3007228
+# %% ../nbs/70_cli.ipynb #4c736d72
 def _data_args(
     csv:str=None,                   # Table with one row per image; without it, phantoms are drawn
     root:str=None,                  # Folder to which image paths are relative; default: that of the table
@@ -67,11 +68,13 @@ def _data_args(
     sex_codes:str=None,             # Codes of the sex column, e.g. 1=M,2=F
     n_patients:int=600,             # Phantom patients
     modality:str='cxr',             # Phantoms: cxr or fundus
-): pass
+) -> None: pass
 
-# %% ../nbs/70_cli.ipynb #f2ae4228
-_DEMO = dict(obfuscate=dict(epochs=36), attack=dict(epochs=10, draws=4), train=dict(epochs=10, private_epochs=20))
-_SMALL = dict(obfuscate=dict(epochs=2, bs=16), attack=dict(epochs=1, draws=2, bs=16), train=dict(epochs=1, private_epochs=1, bs=16, private_bs=16))
+# %% ../nbs/70_cli.ipynb #f1b52300
+_DEMO = dict(obfuscate=dict(epochs=32), attack=dict(epochs=8, draws=4), utility=dict(epochs=20, draws=4),
+             train=dict(epochs=12, private_epochs=12))
+_SMALL = dict(obfuscate=dict(epochs=2, bs=16), attack=dict(epochs=1, draws=2, bs=16),
+              utility=dict(epochs=1, draws=2, bs=16), train=dict(epochs=1, private_epochs=1, bs=16, private_bs=16))
 
 def _demo_plan(small, seed, device, size):
     plan = _SMALL if small else _DEMO
@@ -86,16 +89,16 @@ def medprivacy_demo(
     seed:int=0,                     # Of phantoms, split and training (never of privacy noise)
     device:str=None,                # cpu, cuda, …; default: the best that is present
     overwrite:store_true=False,     # Replace an earlier run in the same folder
-):
+) -> None:
     "Run the whole pipeline on phantoms: obfuscate, attack, classify, train privately, report"
     pick_device(device)
-    n, size, boot = (60, 32, 200) if small else (1200, 64, 1000)
+    n, size, boot = (60, 32, 200) if small else (1000, 64, 1000)
     data = dict(phantom=True, modality=modality, n_patients=n, size=size, seed=seed, name=f'{modality} phantoms')
     run  = open_run(out, dict(data=data, attribute='sex', **_demo_plan(small, seed, device, size)), overwrite=overwrite)
     _show(demo_stages(run, **_demo_plan(small, seed, device, size), n_boot=boot))
     print(f'report: {report(run)}')
 
-# %% ../nbs/70_cli.ipynb #fcc1a66f
+# %% ../nbs/70_cli.ipynb #e1a6b588
 @call_parse
 @_one_line_errors
 @delegates(_data_args)
@@ -114,18 +117,19 @@ def medprivacy_obfuscate(
     resume:store_true=False,        # Go on in an existing run folder, with its data
     overwrite:store_true=False,     # Replace an existing run folder
     **kwargs
-):
+) -> None:
     "Train an obfuscator on the defence patients of a data set"
     run = _open(out, _data(size, seed, **kwargs), attribute, resume, overwrite)
     args = None if budget is None else dict(distortion_budget=budget)
-    kw = dict(maker=maker, maker_args=args, attack=attack, weight=weight, epochs=epochs, size=size, bs=bs, seed=seed, device=str(pick_device(device)))
+    kw = dict(maker=maker, maker_args=args, attack=attack, weight=weight, epochs=epochs, size=size, bs=bs, seed=seed,
+              device=str(pick_device(device)))
     add_config(run, 'obfuscate', kw)
     recs = study_records(run); print(recs)
     obf = obfuscate_stage(run, recs, dict(kw, progress=sys.stdout.isatty()))
     picture_stage(run, recs, obf, size)
     print(f'obfuscator: {run.path/"model"}')
 
-# %% ../nbs/70_cli.ipynb #e63d4e12
+# %% ../nbs/70_cli.ipynb #ff5d67e7
 def _obfuscator(run, folder):
     if folder is not None: return Obfuscator.load(folder)
     return Obfuscator.load(run.path/'model') if (run.path/'model').exists() else None
@@ -139,6 +143,7 @@ def medprivacy_attack(
     obfuscator:str=None,            # Folder of an obfuscator; default: model/ of the run, if there is one
     archs:str='small_resnet,resnet9',   # Fresh attackers, separated by commas
     epochs:int=12,                  # At most, per attacker
+    utility_epochs:int=20,          # Of the disease classifiers
     patience:int=None,              # Epochs without a better validation AUROC before an attacker stops
     draws:int=4,                    # Releases of each image
     size:int=64,                    # Side of the images, pixels
@@ -149,18 +154,18 @@ def medprivacy_attack(
     resume:store_true=False,        # Go on in an existing run folder, with its data
     overwrite:store_true=False,     # Replace an existing run folder
     **kwargs
-):
+) -> None:
     "Attack raw and released images with fresh networks, with controls, and measure what the disease classifiers lose"
     run = _open(out, _data(size, seed, **kwargs), attribute, resume, overwrite)
     kw = dict(epochs=epochs, draws=draws, size=size, bs=bs, seed=seed, device=str(pick_device(device)))
-    add_config(run, 'attack', dict(kw, archs=_items(archs), patience=patience))
+    add_config(run, 'attack', dict(kw, archs=_items(archs), patience=patience, utility_epochs=utility_epochs))
     recs, obf = study_records(run), _obfuscator(run, obfuscator)
     kw    = dict(kw, progress=sys.stdout.isatty())
     table = attack_stage(run, recs, obf, tuple(_items(archs)), dict(kw, patience=patience), n_boot=n_boot)
-    utility_stage(run, recs, obf, settings=kw, n_boot=n_boot)
+    utility_stage(run, recs, obf, settings=dict(kw, epochs=utility_epochs), n_boot=n_boot)
     _show(table[['condition', 'model', 'auroc', 'leakage', 'lo', 'hi', 'n', 'n_patients']].round(3))
 
-# %% ../nbs/70_cli.ipynb #2ea2cfaa
+# %% ../nbs/70_cli.ipynb #23cb7710
 @call_parse
 @_one_line_errors
 @delegates(_data_args)
@@ -173,7 +178,7 @@ def medprivacy_train(
     arch:str='small_resnet',        # small_resnet, resnet9, or any torchvision or timm name
     epochs:int=12,                  # Without privacy
     private_epochs:int=20,          # With privacy
-    private_bs:int=128,             # Expected batch with privacy
+    private_bs:int=None,            # Expected batch with privacy; default: a fifth of the training patients, at most 128
     size:int=64,                    # Side of the images, pixels
     bs:int=64,                      # Batch without privacy
     lr:float=4e-3,                  # Largest learning rate
@@ -183,17 +188,18 @@ def medprivacy_train(
     resume:store_true=False,        # Go on in an existing run folder, with its data
     overwrite:store_true=False,     # Replace an existing run folder
     **kwargs
-):
+) -> None:
     "Train a disease classifier without and with differential privacy"
     run = _open(out, _data(size, seed, **kwargs), 'sex', resume, overwrite)
-    kw = dict(arch=arch, size=size, bs=bs, private_bs=private_bs, epochs=epochs, private_epochs=private_epochs, lr=lr, max_grad_norm=max_grad_norm,
+    kw = dict(arch=arch, size=size, bs=bs, private_bs=private_bs, epochs=epochs, private_epochs=private_epochs, lr=lr,
+              max_grad_norm=max_grad_norm,
               delta=delta, unit=unit, seed=seed, device=str(pick_device(device)))
     eps = tuple(_items(epsilon, float))
     add_config(run, 'train', dict(kw, epsilon=list(eps)))
     use = train_stage(run, study_records(run), eps, **kw, n_boot=n_boot, progress=sys.stdout.isatty())
     _show(use.loc[use.label == 'macro', ['condition', 'auroc', 'auroc_lo', 'auroc_hi', 'n', 'n_patients']].round(3))
 
-# %% ../nbs/70_cli.ipynb #804b3883
+# %% ../nbs/70_cli.ipynb #e4b77dae
 @call_parse
 @_one_line_errors
 def medprivacy_evaluate(
@@ -203,7 +209,7 @@ def medprivacy_evaluate(
     n_boot:int=1000,                # Resamples of patients
     seed:int=0,                     # Of the resamples
     overwrite:store_true=False,     # Replace an existing run folder
-):
+) -> None:
     "Metrics with patient-level intervals, overall and by sex and age band"
     if predictions is None: raise ConfigError('--predictions is missing: name a CSV or Parquet file')
     preds = load_predictions(predictions)
@@ -214,13 +220,14 @@ def medprivacy_evaluate(
     groups = by_group(preds, **kw).rename(columns={'model': 'condition'})
     run = open_run(out, dict(data=dict(phantom=False, name=Path(predictions).stem), evaluate=kw), overwrite=overwrite)
     add_table(run, 'utility', table); add_table(run, 'groups', groups)
-    _show(table[['condition', 'label', 'auroc', 'auroc_lo', 'auroc_hi', 'sensitivity', 'specificity', 'n', 'n_patients']].round(3))
+    _show(table[['condition', 'label', 'auroc', 'auroc_lo', 'auroc_hi', 'sensitivity', 'specificity', 'n',
+                 'n_patients']].round(3))
 
 @call_parse
 @_one_line_errors
 def medprivacy_report(
     run:str,                        # Run folder
     show_images:store_true=False,   # Embed images of patients too; phantoms are always shown
-):
+) -> None:
     "Write the report of a run: one self-contained HTML page"
     print(report(open_run(run), show_images=show_images))

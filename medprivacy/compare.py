@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paired_table', 'delong_test']
 
-# %% ../nbs/50b_compare.ipynb #2c420ed6
+# %% ../nbs/50b_compare.ipynb #e6cb4f89
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
@@ -17,7 +17,7 @@ from .rank import auroc_influence
 from .resample import Units, holm, units_of
 from .thresholds import check_scores
 
-# %% ../nbs/50b_compare.ipynb #cfb64523
+# %% ../nbs/50b_compare.ipynb #46960a22
 def paired_table(
     a:Predictions,          # Predictions of the first model
     b:Predictions,          # Predictions of the second model for the same images
@@ -44,7 +44,7 @@ def paired_table(
     return paired_test(sa.y, sa.score, sb.score[at], patient=patient, n_boot=n_boot, level=level, seed=seed,
                        labels=list(sa.labels))
 
-# %% ../nbs/50b_compare.ipynb #472fe5e2
+# %% ../nbs/50b_compare.ipynb #4784add4
 def _variance(f, y, units):
     "Variance of a sum of influences f (m,2); y are the known labels of the rows of `units`"
     def scale(k): n = len(np.unique(units.codes[k])); return n/(n-1) if n > 1 else np.nan

@@ -7,7 +7,7 @@ __all__ = ['MedPrivacyError', 'ConfigError', 'DataError', 'LeakageError', 'Unsup
            'seed_everything', 'pick_device', 'atomic_write', 'versions_text', 'Run', 'open_run', 'add_config',
            'add_summary', 'add_table', 'read_table_of', 'stage']
 
-# %% ../nbs/00_core.ipynb #8ecf7d48
+# %% ../nbs/00_core.ipynb #c978277a
 import contextlib, json, math, os, platform, random, shutil, tempfile, time, tomllib
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import metadata
@@ -18,7 +18,7 @@ import pandas as pd
 import tomli_w
 import torch
 
-# %% ../nbs/00_core.ipynb #97052f9b
+# %% ../nbs/00_core.ipynb #c6486982
 class MedPrivacyError(Exception):
     "Base of every error that medprivacy raises on purpose"
 
@@ -31,7 +31,7 @@ class DataError(MedPrivacyError, ValueError):
 class LeakageError(MedPrivacyError, ValueError):
     "The same patient would stand on two sides that must not meet"
 
-# %% ../nbs/00_core.ipynb #928fae37
+# %% ../nbs/00_core.ipynb #e7c49bee
 class UnsupportedUnderDP(MedPrivacyError, ValueError):
     "A model, loss or callback cannot be trained with differential privacy as it is"
 
@@ -41,7 +41,7 @@ class BudgetError(MedPrivacyError, RuntimeError):
 class CheckpointError(MedPrivacyError, RuntimeError):
     "A stored model or run cannot be read back faithfully"
 
-# %% ../nbs/00_core.ipynb #d80a6759
+# %% ../nbs/00_core.ipynb #0f9b54f2
 def seed_everything(
     seed:int,    # Any integer from 0 to 2**32-1
 ) -> int:        # The same seed
@@ -50,7 +50,7 @@ def seed_everything(
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     return int(seed)
 
-# %% ../nbs/00_core.ipynb #4a35f4f1
+# %% ../nbs/00_core.ipynb #18ca872f
 def pick_device(
     name:str=None,    # 'cpu', 'cuda', 'cuda:1', 'mps'; None or 'auto' takes the best that is present
 ) -> torch.device:    # A device that exists on this machine
@@ -58,12 +58,13 @@ def pick_device(
     if name in (None, 'auto'):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: dev = torch.device(name)
-    except RuntimeError as e: raise ConfigError(f"device {name!r} is not one that torch knows; use 'auto', 'cpu' or 'cuda'") from e
+    except RuntimeError as e:
+        raise ConfigError(f"device {name!r} is not one that torch knows; use 'auto', 'cpu' or 'cuda'") from e
     present = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}.get(dev.type, True)
     if not present: raise ConfigError(f"device {name!r} is not present here; use 'auto' or 'cpu'")
     return dev
 
-# %% ../nbs/00_core.ipynb #d3483263
+# %% ../nbs/00_core.ipynb #211d62be
 def atomic_write(
     path:str|Path,      # The file to write; its folder is made when missing
     data:bytes|str,     # Its whole content; text is written as UTF-8
@@ -79,7 +80,7 @@ def atomic_write(
         Path(tmp).unlink(missing_ok=True); raise
     return path
 
-# %% ../nbs/00_core.ipynb #fccc1e98
+# %% ../nbs/00_core.ipynb #34853c04
 _PACKAGES = ('torch', 'torchvision', 'fastai', 'fastcore', 'opacus', 'timm', 'numpy', 'pandas', 'scikit-learn')
 
 def versions_text() -> str:    # One `package version` a line
@@ -92,7 +93,7 @@ def _own_version():
     try: return metadata.version('medprivacy')
     except metadata.PackageNotFoundError: return 'not installed'
 
-# %% ../nbs/00_core.ipynb #2dd5c9cb
+# %% ../nbs/00_core.ipynb #f3a495d3
 def _toml_ready(o):
     if isinstance(o, dict): return {str(k): _toml_ready(v) for k,v in o.items() if v is not None}
     if isinstance(o, (list, tuple)): return [_toml_ready(v) for v in o if v is not None]
@@ -104,7 +105,7 @@ def _finite(v):
     v = None if v is None else float(v)
     return v if v is not None and math.isfinite(v) else None
 
-# %% ../nbs/00_core.ipynb #2e95ea65
+# %% ../nbs/00_core.ipynb #b707913f
 @dataclass(frozen=True)
 class Run:
     "A run folder: what a command did, and with which result"
@@ -126,7 +127,7 @@ class Run:
         (self.path/'figures').mkdir(exist_ok=True)
         return self.path/'figures'/f'{name}.png'
 
-# %% ../nbs/00_core.ipynb #d65ee2a5
+# %% ../nbs/00_core.ipynb #8f304934
 def open_run(
     path:str|Path,             # The run folder
     config:dict=None,          # Settings to store; None opens a run that exists already
@@ -142,7 +143,8 @@ def open_run(
         return Run(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if overwrite and resume: raise ConfigError('choose one of resume and overwrite')
-        if not (overwrite or resume): raise ConfigError(f'{path} exists already; pass --resume, --overwrite or another folder')
+        if not (overwrite or resume):
+            raise ConfigError(f'{path} exists already; pass --resume, --overwrite or another folder')
         if not is_run: raise ConfigError(f'{path} exists and is no run folder (no config.toml): choose another folder')
         if resume: return _resumed(Run(path), cfg)
         shutil.rmtree(path)
@@ -151,14 +153,16 @@ def open_run(
     atomic_write(path/'config.toml', tomli_w.dumps(cfg))
     return Run(path)
 
-# %% ../nbs/00_core.ipynb #a9e4990d
+# %% ../nbs/00_core.ipynb #690a7299
 def _resumed(run, cfg):
     old  = run.config
     diff = sorted(k for k in old.keys()|cfg.keys() if old.get(k) != cfg.get(k))
-    if diff: raise ConfigError(f'{run.path} was made with other settings ({", ".join(diff)}); use the same ones, or another folder')
+    if diff:
+        raise ConfigError(f'{run.path} was made with other settings ({", ".join(diff)}); use the same ones, or '
+                          f'another folder')
     return run
 
-# %% ../nbs/00_core.ipynb #908d9c9c
+# %% ../nbs/00_core.ipynb #c6da9b4a
 def add_config(
     run:Run,              # An open run
     section:str,          # Name of the section
@@ -170,14 +174,15 @@ def add_config(
     new, old = _toml_ready(settings), run.config
     if section in old and old[section] != new and not overwrite:
         diff = sorted(k for k in old[section].keys()|new.keys() if old[section].get(k) != new.get(k))
-        raise ConfigError(f'{run.path} holds a {section!r} part made with other settings ({", ".join(diff)}); pass --overwrite or another folder')
+        raise ConfigError(f'{run.path} holds a {section!r} part made with other settings ({", ".join(diff)}); pass '
+                          f'--overwrite or another folder')
     atomic_write(run.path/'config.toml', tomli_w.dumps({**old, section: new}))
     return run.config
 
-# %% ../nbs/00_core.ipynb #871ce846
+# %% ../nbs/00_core.ipynb #96f97537
 def add_summary(
     run:Run,         # An open run
-    results:dict,    # Dotted name → `Interval`-like object or dict with value, lo, hi, n; a bare number is a value alone
+    results:dict,    # Dotted name → `Interval`, dict of value, lo, hi, n, or a number
 ) -> dict:           # The whole summary after adding
     "Add results to `summary.json`, replacing those of the same name"
     def row(v):
@@ -188,7 +193,7 @@ def add_summary(
     atomic_write(run.path/'summary.json', json.dumps(new, indent=1, sort_keys=True) + '\n')
     return new
 
-# %% ../nbs/00_core.ipynb #db751ddd
+# %% ../nbs/00_core.ipynb #0081ea10
 def add_table(
     run:Run,              # An open run
     name:str,             # File name without its ending: 'metrics' goes to the top, others into tables/
@@ -206,12 +211,12 @@ def read_table_of(
     path = run.path/f'{name}.csv' if name == 'metrics' else run.path/'tables'/f'{name}.csv'
     return pd.read_csv(path) if path.exists() else None
 
-# %% ../nbs/00_core.ipynb #a692fa71
+# %% ../nbs/00_core.ipynb #395ff45e
 @contextlib.contextmanager
 def stage(
     run:Run,          # An open run, which gets the time in `timings.csv`
     title:str,        # What is being done, printed at the start
-):
+) -> object:          # A context manager
     "Print the title of a stage and, when it ends, the seconds it took"
     print(f'▸ {title} …', flush=True)
     t0 = time.perf_counter()

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'METRICS', 'auroc', 'auprc', 'bootstrap_auroc', 'why_missing', 'n_units', 'auroc_ci', 'paired_test', 'Scores',
            'scores_of', 'choose_thresholds', 'resolve_thresholds', 'metric_draws', 'metrics_table']
 
-# %% ../nbs/50_evaluate.ipynb #f0e0f2da
+# %% ../nbs/50_evaluate.ipynb #7e588ea2
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .resample import Interval, Units, bootstrap_sums, holm, interval, resample_
 from .thresholds import (check_scores, confusion, rate_threshold, rates, sensitivity_threshold,
                                    youden_threshold)
 
-# %% ../nbs/50_evaluate.ipynb #73851d3e
+# %% ../nbs/50_evaluate.ipynb #9e8543d0
 def _known_pairs(y, score, units):
     "Known rows of each label, or None where a class is missing"
     for t, s in zip(y.T, score.T):
@@ -52,7 +52,7 @@ def auprc(
     "Average precision (area under the precision-recall curve) of every label"
     return _areas(y, score, weight, pr_blocks, blocks_auprc)
 
-# %% ../nbs/50_evaluate.ipynb #fc564459
+# %% ../nbs/50_evaluate.ipynb #ce465268
 def _bootstrap_areas(y, score, units, n_boot, seed, make, area, draw=None):
     dtype  = exact_dtype(units)
     blocks = [None if k is None else make(*k, dtype) for k in _known_pairs(y, score, units)]
@@ -75,7 +75,7 @@ def bootstrap_auroc(
     y, score = check_scores(y, score)
     return _bootstrap_areas(y, score, units_of(len(y), patient), n_boot, seed, roc_blocks, blocks_auroc)
 
-# %% ../nbs/50_evaluate.ipynb #2f2cc5bd
+# %% ../nbs/50_evaluate.ipynb #a1f62622
 def why_missing(
     y:np.ndarray,   # (n,) labels of one label
     s:np.ndarray,   # (n,) scores
@@ -117,7 +117,7 @@ def auroc_ci(
              for a, d, t, s, f in zip(auroc(y, score), draws.T, y.T, score.T, bca)]
     return res if len(res) > 1 else res[0]
 
-# %% ../nbs/50_evaluate.ipynb #dd492d90
+# %% ../nbs/50_evaluate.ipynb #581ae5fe
 def paired_test(
     y:np.ndarray,           # (n,) or (n,L) labels 0, 1 or NaN (masked)
     score_a:np.ndarray,     # Same shape: scores of the first model
@@ -146,7 +146,7 @@ def paired_test(
     df.insert(6, 'p_holm', holm(df.p))
     return df
 
-# %% ../nbs/50_evaluate.ipynb #68a897e5
+# %% ../nbs/50_evaluate.ipynb #773aaf63
 @dataclass(frozen=True)
 class Scores:
     "Arrays of one model on one split"
@@ -186,7 +186,7 @@ def scores_of(
     y, score = check_scores(*(np.stack([np.asarray(c[i], float) for c in cols], axis=1) for i in (1, 2)))
     return Scores(df, y, score, tuple(c[0] for c in cols))
 
-# %% ../nbs/50_evaluate.ipynb #cb2d688f
+# %% ../nbs/50_evaluate.ipynb #5af16fb7
 RULES = dict(youden=youden_threshold, sensitivity=sensitivity_threshold, rate=rate_threshold)
 
 def choose_thresholds(
@@ -222,7 +222,7 @@ def resolve_thresholds(
     return df.assign(threshold=df.label.map(threshold) if isinstance(threshold, dict) else float(threshold),
                      rule='given', split='none')
 
-# %% ../nbs/50_evaluate.ipynb #ff1e5ca8
+# %% ../nbs/50_evaluate.ipynb #9957fe7a
 METRICS = ('auroc', 'auprc', 'accuracy', 'balanced_accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'brier',
            'selection_rate', 'fpr', 'fnr')
 
@@ -250,7 +250,7 @@ def metric_draws(
     brier  = np.where((k > 0) & in01, sq/np.maximum(k, 1), np.nan)      # a Brier score needs probabilities
     return {m: v for m, v in (areas | rates(*cells) | dict(brier=brier)).items() if m in metrics}
 
-# %% ../nbs/50_evaluate.ipynb #92b77fc5
+# %% ../nbs/50_evaluate.ipynb #7a13c0d7
 def _mean_over_labels(v, w):
     "Weighted mean over the last axis that leaves NaN out"
     w = np.where(np.isnan(v), 0, w)
@@ -287,7 +287,7 @@ def _model_rows(s, thr, units, n_boot, level, seed, intervals):
             {m: v[0] for m,v in mean[0].items()}, mean[1], note=[f'without {", ".join(gone)}'] if gone else [],
             n=n_units(np.where(some, 1., np.nan), units), **kw)
 
-# %% ../nbs/50_evaluate.ipynb #af3a581d
+# %% ../nbs/50_evaluate.ipynb #f768a33b
 def metrics_table(
     preds:Predictions,              # Predictions of one or several models
     *,

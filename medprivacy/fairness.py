@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGE_EDGES', 'AGE_BANDS', 'GROUP_METRICS', 'GAPS', 'age_band', 'groups_of', 'by_group', 'gaps', 'against_rest']
 
-# %% ../nbs/51_fairness.ipynb #f84d2efb
+# %% ../nbs/51_fairness.ipynb #3ccab1ea
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from .data.core import Predictions
 from .evaluate import metric_draws, n_units, resolve_thresholds, scores_of, why_missing
 from .resample import holm, interval, units_of
 
-# %% ../nbs/51_fairness.ipynb #f16afec0
+# %% ../nbs/51_fairness.ipynb #043c06c2
 AGE_EDGES = (0, 30, 60, 70, 80, np.inf)
 AGE_BANDS = ('[0,30)', '[30,60)', '[60,70)', '[70,80)', '[80,inf)')
 
@@ -45,7 +45,7 @@ def groups_of(
     null = np.any([c.isna() for c in cols], axis=0)
     return pd.Series(['unknown' if n else ' × '.join(map(str, v)) for n, *v in zip(null, *cols)], index=df.index)
 
-# %% ../nbs/51_fairness.ipynb #ed68f6bd
+# %% ../nbs/51_fairness.ipynb #b76a9ba4
 GROUP_METRICS = dict(auroc='auroc', accuracy='accuracy', tpr='sensitivity', fpr='fpr', fnr='fnr',
                      selection_rate='selection_rate')
 _ASKED = tuple(GROUP_METRICS.values())
@@ -70,7 +70,7 @@ def _in_group(s, inside):
     "Labels with everybody outside the group masked"
     return np.where(np.asarray(inside)[:,None], s.y, np.nan)
 
-# %% ../nbs/51_fairness.ipynb #896a11cd
+# %% ../nbs/51_fairness.ipynb #359324ff
 def _group_rows(s, thr, units, inside, min_size, n_boot, level, seed):
     "One row per label for the rows in `inside`"
     y, pats = _in_group(s, inside), s.df.patient_id[inside].nunique()
@@ -112,7 +112,7 @@ def by_group(
                          enumerate(_group_rows(s, thr, units, (g == group).to_numpy(), min_size, n_boot, level, seed))]
     return pd.DataFrame(rows)
 
-# %% ../nbs/51_fairness.ipynb #93d5ff14
+# %% ../nbs/51_fairness.ipynb #c8a08834
 GAPS = dict(selection_rate_parity=('selection_rate',), equalised_odds=('tpr','fpr'), underdiagnosis=('fnr',),
             overdiagnosis=('fpr',), accuracy_gap=('accuracy',), auroc_gap=('auroc',))
 
@@ -157,7 +157,7 @@ def _swapped(gap, label, no_finding):
         return ('fpr',) if gap == 'underdiagnosis' else ('fnr',)
     return GAPS[gap]
 
-# %% ../nbs/51_fairness.ipynb #f2764973
+# %% ../nbs/51_fairness.ipynb #46c5d917
 def gaps(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # As in `by_group`
@@ -191,7 +191,7 @@ def gaps(
                                      highest=hi, lowest=lo, **size_l, n=i.n, unit=unit, note=i.note))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51_fairness.ipynb #3add7fb8
+# %% ../nbs/51_fairness.ipynb #ddaf63b1
 def against_rest(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # As in `by_group`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['leakage', 'strongest_leakage', 'panel_of', 'leakage_table', 'age_errors']
 
-# %% ../nbs/50a_leakage.ipynb #ae1e0f00
+# %% ../nbs/50a_leakage.ipynb #91958279
 import numpy as np
 import pandas as pd
 from sklearn.metrics import mean_absolute_error, r2_score
@@ -16,7 +16,7 @@ from .evaluate import auroc, bootstrap_auroc, n_units, scores_of
 from .resample import Interval, bootstrap_sums, interval, units_of
 from .thresholds import check_scores
 
-# %% ../nbs/50a_leakage.ipynb #d44b25f9
+# %% ../nbs/50a_leakage.ipynb #79b050f4
 def leakage(
     y:np.ndarray,       # (n,) or (n,L) attribute 0, 1 or NaN (masked)
     score:np.ndarray,   # Same shape: an attacker's scores
@@ -25,7 +25,7 @@ def leakage(
     a = auroc(y, score)
     return np.maximum(a, 1-a)
 
-# %% ../nbs/50a_leakage.ipynb #07b2e611
+# %% ../nbs/50a_leakage.ipynb #10aa5126
 def _strongest(a, draws, level, n, unit):
     "Interval of the largest folded area; a: (M,), draws: (n_boot,M)"
     if np.isnan(a).all(): return Interval(np.nan, np.nan, np.nan, n, unit, 'only one class is known')
@@ -58,7 +58,7 @@ def strongest_leakage(
     draws = bootstrap_auroc(y, s, n_boot, patient, seed)
     return _strongest(auroc(y, s), draws, level, n_units(y[:,0], units), units.name)
 
-# %% ../nbs/50a_leakage.ipynb #6e754177
+# %% ../nbs/50a_leakage.ipynb #db2e3d15
 def panel_of(
     preds:Predictions,      # Predictions of several attackers on the same images
     target:str,             # The attribute: column score_<target>
@@ -82,7 +82,7 @@ def panel_of(
         out[('score', m)] = df[('score', m)]
     return out
 
-# %% ../nbs/50a_leakage.ipynb #90efebd4
+# %% ../nbs/50a_leakage.ipynb #dc151b32
 def leakage_table(
     preds:Predictions,          # Attackers' predictions: one row per image and model
     *,
@@ -110,7 +110,7 @@ def leakage_table(
             rows.append(dict(target=t, model=name, auroc=top, leakage=i.value, lo=i.lo, hi=i.hi, **size, note=i.note))
     return pd.DataFrame(rows)
 
-# %% ../nbs/50a_leakage.ipynb #8197c507
+# %% ../nbs/50a_leakage.ipynb #df80657f
 def age_errors(
     y:np.ndarray,           # (n,) age in years; NaN masked
     score:np.ndarray,       # (n,) guessed age in years

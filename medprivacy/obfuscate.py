@@ -6,7 +6,7 @@
 __all__ = ['ViewmakerGame', 'BottleneckGame', 'GameLoss', 'AttackersCallback', 'GameMetric', 'Obfuscator', 'game_learner',
            'train_obfuscator']
 
-# %% ../nbs/30_obfuscate.ipynb #fade7e98
+# %% ../nbs/30_obfuscate.ipynb #0cbf7e5a
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback    # importing it gives `Learner` its no_bar
 from fastai.callback.schedule import ParamScheduler      # and this its fit_one_cycle
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import AccumMetric
 from fastai.optimizer import Adam
@@ -34,10 +35,15 @@ from .objectives.adversarial import ObfuscationLoss
 from .objectives.focal import MaskedBCE
 from .probe import mean_auroc
 
-# %% ../nbs/30_obfuscate.ipynb #29a6296d
+# %% ../nbs/30_obfuscate.ipynb #2b055764
 class ViewmakerGame(nn.Module):
     "The published game: attackers see the perturbed image"
-    def __init__(self, maker, archs, n_labels, channels):
+    def __init__(self,
+        maker:nn.Module,     # The network that changes images
+        archs:tuple,         # One attacker each
+        n_labels:int,        # Findings to be kept
+        channels:int,        # Of the images
+    ):
         super().__init__()
         self.maker     = maker
         self.attackers = nn.ModuleList(create_classifier(a, 1, channels) for a in archs)
@@ -48,12 +54,20 @@ class ViewmakerGame(nn.Module):
         self.exposed = e = self.expose(x)
         return e, [a(e) for a in self.attackers], [self.disease(e)], e.new_zeros(())
 
-# %% ../nbs/30_obfuscate.ipynb #d3a83e0e
-def _code_attacker(code): return nn.Sequential(nn.Linear(code, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+# %% ../nbs/30_obfuscate.ipynb #e6d1c631
+def _code_attacker(code):
+    return nn.Sequential(nn.Linear(code, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
 
 class BottleneckGame(nn.Module):
-    "Attackers see the code, with between none and all of its noise, since a recipient of many copies could average them"
-    def __init__(self, maker, archs, n_labels, channels, recon=5., capacity=.01):
+    "Attackers see the code with part of its noise, since a recipient of many copies could average them"
+    def __init__(self,
+        maker:nn.Module,     # The network that changes images
+        archs:tuple,         # One attacker each
+        n_labels:int,        # Findings to be kept
+        channels:int,        # Of the images
+        recon:float=5.,      # Weight of the likeness to the original
+        capacity:float=.01,  # Weight of the mean square of the code
+    ):
         super().__init__()
         code = maker.args['code']
         self.maker, self.recon, self.capacity = maker, recon, capacity
@@ -66,14 +80,20 @@ class BottleneckGame(nn.Module):
         self.exposed = mu = self.expose(x)
         z = add_code_noise(mu)
         v = self.maker.draw(z, tuple(x.shape[-2:]))
-        half, s  = F.avg_pool2d(v, 2), self.sight(mu)    # half the side: a quarter of the classifier's cost, and it reads coarse signs
+        half, s  = F.avg_pool2d(v,
+                                2), self.sight(mu)
         likeness = F.l1_loss(half, F.avg_pool2d(x, 2))
-        return v, [a(s) for a in self.attackers], [self.disease(half), self.reader(z)], self.recon*likeness + self.capacity*mu.pow(2).mean()
+        return v, [a(s) for a in self.attackers], [self.disease(half),
+                                                   self.reader(z)], self.recon*likeness + self.capacity*mu.pow(2).mean()
 
-# %% ../nbs/30_obfuscate.ipynb #3123e1d7
+# %% ../nbs/30_obfuscate.ipynb #3f0f347b
 class GameLoss(nn.Module):
     "Attack term (mean over attackers) + disease term + what the maker itself asks for"
-    def __init__(self, attack='confusion', weight=1., use_disease=True):
+    def __init__(self,
+        attack:str='confusion',    # Attack term, see `ObfuscationLoss`
+        weight:float=1.,           # Of the attack term
+        use_disease:bool=True,     # False: nothing protects the disease
+    ):
         super().__init__()
         self.terms = ObfuscationLoss(attack, weight, use_disease, disease_loss=MaskedBCE())
     def forward(self, out, attr, disease):
@@ -82,7 +102,7 @@ class GameLoss(nn.Module):
         keep = [self.terms.terms(attr_logits[0], attr, d, disease)[1] for d in disease_logits]
         return hide + sum(keep) + extra
 
-# %% ../nbs/30_obfuscate.ipynb #9ebcd108
+# %% ../nbs/30_obfuscate.ipynb #855bc96d
 class AttackersCallback(Callback):
     "Train the attackers after each step of the maker, on what it showed"
     def __init__(self,
@@ -91,7 +111,7 @@ class AttackersCallback(Callback):
     ):
         if steps < 1: raise ConfigError(f'the attackers need at least one step, got steps={steps}')
         self.steps, self.lr, self.bce = steps, lr, nn.BCEWithLogitsLoss()
-    def before_fit(self): self.opt = torch.optim.AdamW(self.model.attackers.parameters(), self.lr)
+    def before_fit(self): self.attackers_opt = torch.optim.AdamW(self.model.attackers.parameters(), self.lr)
     def before_batch(self): self.model.attackers.requires_grad_(False)
     def after_step(self):
         self.model.attackers.requires_grad_(True)
@@ -99,17 +119,22 @@ class AttackersCallback(Callback):
         for _ in range(self.steps):
             s = self.model.sight(e)
             loss = sum(self.bce(a(s)[:,0], y) for a in self.model.attackers)
-            self.opt.zero_grad(); loss.backward(); self.opt.step()
+            self.attackers_opt.zero_grad(); loss.backward(); self.attackers_opt.step()
 
-# %% ../nbs/30_obfuscate.ipynb #29d292f6
+# %% ../nbs/30_obfuscate.ipynb #27c762e3
 class GameMetric(AccumMetric):
     "AUROC on validation patients of one output of the game"
-    def __init__(self, name, out, y):
+    def __init__(self,
+        name:str,    # In the table of the fit
+        out:int,     # Which output of the game
+        y:int,       # Which target of the batch
+    ):
         super().__init__(lambda p,t: mean_auroc(p.float().cpu(), t.cpu()), flatten=False, name=name, activation=None)
         self.out, self.y = out, y
-    def accumulate(self, learn): self.accum_values(learn.pred[self.out][0].float(), learn.yb[self.y].float().view(len(learn.xb[0]), -1), learn)
+    def accumulate(self, learn):
+        self.accum_values(learn.pred[self.out][0].float(), learn.yb[self.y].float().view(len(learn.xb[0]), -1), learn)
 
-# %% ../nbs/30_obfuscate.ipynb #33802155
+# %% ../nbs/30_obfuscate.ipynb #024c35eb
 _MAKERS = {'viewmaker': Viewmaker, 'bottleneck': Bottleneck}
 
 @dataclass(repr=False)
@@ -121,19 +146,21 @@ class Obfuscator:
     patients: frozenset = field(default=frozenset())    # Training patients, never stored
 
     def __post_init__(self): self.maker.eval().requires_grad_(False)
-    def __repr__(self): return f"Obfuscator({self.config['maker']!r}, attribute={self.config.get('attribute')!r}, {self.config['args']})"
+    def __repr__(self): return 'Obfuscator({maker!r}, attribute={attribute!r}, {args})'.format(**self.config)
     def __call__(self, x, cond=None, generator=None):
         c = self.config['args']['num_channels']
         if x.ndim != 4 or x.shape[1] != c: raise DataError(f'images must be (B,{c},H,W), got {tuple(x.shape)}')
-        if len(x) and not (0 <= x.amin() and x.amax() <= 1): raise DataError(f'images must be in [0,1], got [{x.amin():.3g}, {x.amax():.3g}]')
+        if len(x) and not (0 <= x.amin() and x.amax() <= 1):
+            raise DataError(f'images must be in [0,1], got [{x.amin():.3g}, {x.amax():.3g}]')
         if not len(x): return x
         with torch.no_grad(): return self.maker.to(x.device)(x, generator=generator).clamp(0, 1)
 
-# %% ../nbs/30_obfuscate.ipynb #19fb00ef
+# %% ../nbs/30_obfuscate.ipynb #ca0039f7
 def _save(self:Obfuscator, folder:str|Path) -> Path:
     "Write `weights.safetensors` and `obfuscator.json` (no pickle, no patient)"
     folder = Path(folder)
-    atomic_write(folder/'weights.safetensors', save({k: v.contiguous().cpu() for k,v in self.maker.state_dict().items()}))
+    atomic_write(folder/'weights.safetensors', save({k: v.contiguous().cpu()
+                                                     for k,v in self.maker.state_dict().items()}))
     atomic_write(folder/'obfuscator.json', json.dumps(self.config, indent=1) + '\n')
     return folder
 
@@ -141,35 +168,40 @@ def _load(folder:str|Path) -> Obfuscator:
     "Read what `save` wrote"
     folder = Path(folder)
     for f in ('obfuscator.json', 'weights.safetensors'):
-        if not (folder/f).is_file(): raise CheckpointError(f'{folder/f} does not exist; give a folder written by Obfuscator.save')
+        if not (folder/f).is_file():
+            raise CheckpointError(f'{folder/f} does not exist; give a folder written by Obfuscator.save')
     try:
         config = json.loads((folder/'obfuscator.json').read_text(encoding='utf-8'))
         maker  = _MAKERS[config['maker']](**config['args'])
         maker.load_state_dict(load_file(folder/'weights.safetensors'), strict=True)
-    except Exception as e: raise CheckpointError(f'{folder} is no readable obfuscator ({type(e).__name__}: {e}); save it again') from e
+    except Exception as e:
+        raise CheckpointError(f'{folder} is no readable obfuscator ({type(e).__name__}: {e}); save it again') from e
     return Obfuscator(maker, config)
 Obfuscator.save, Obfuscator.load = _save, staticmethod(_load)
 
-# %% ../nbs/30_obfuscate.ipynb #574dcc45
+# %% ../nbs/30_obfuscate.ipynb #ddb253b1
 _ATTACKED = ('sex', 'age>median')
 
 def _defence(records, attribute, maker, attack):
     if attribute not in _ATTACKED: raise ConfigError(f'attribute must be one of {_ATTACKED}, got {attribute!r}')
     if maker not in _MAKERS: raise ConfigError(f'maker must be one of {sorted(_MAKERS)}, got {maker!r}')
-    if records.task != 'multilabel': raise ConfigError(f'{records.name}: the game is for multilabel records, got task={records.task!r}')
+    if records.task != 'multilabel':
+        raise ConfigError(f'{records.name}: the game is for multilabel records, got task={records.task!r}')
     out = records.select(part='defence')
-    if not len(out): raise DataError(f"{records.name}: no row belongs to part 'defence'; call split_patients or assign_parts")
+    if not len(out):
+        raise DataError(f"{records.name}: no row belongs to part 'defence'; call split_patients or assign_parts")
     return out
 
 def _game(maker, args, archs, dls, size):
     c, n = dls.train.dataset.x.shape[1], dls.train.dataset.ys[1].shape[1]
-    args = {'num_channels': c, **({'size': size} if maker == 'bottleneck' else {'distortion_budget': .1}), **(args or {})}
+    args = {'num_channels': c, **({'size': size} if maker == 'bottleneck' else {'distortion_budget': .1}),
+            **(args or {})}
     net  = _MAKERS[maker](**args)
     return args, (BottleneckGame if maker == 'bottleneck' else ViewmakerGame)(net, archs, n, c)
 
-# %% ../nbs/30_obfuscate.ipynb #53a5ec41
+# %% ../nbs/30_obfuscate.ipynb #c64a581a
 def game_learner(
-    dls,                         # Loaders of (x, attribute, labels)
+    dls:DataLoaders,             # Loaders of (x, attribute, labels)
     game:nn.Module,              # `ViewmakerGame` or `BottleneckGame`
     attack:str='confusion',      # Attack term, see `ObfuscationLoss`
     weight:float=1.,             # Of the attack term
@@ -183,7 +215,7 @@ def game_learner(
                    metrics=[GameMetric('game_attacker_auroc', 1, 0), GameMetric('disease_auroc', 2, 1)],
                    cbs=AttackersCallback(attacker_steps), **kwargs)
 
-# %% ../nbs/30_obfuscate.ipynb #d58c4cb8
+# %% ../nbs/30_obfuscate.ipynb #a96d2ecc
 def train_obfuscator(
     records:Records,              # With a split; only part 'defence' is used
     attribute:str='sex',          # What to hide: 'sex' or 'age>median'
@@ -215,7 +247,8 @@ def train_obfuscator(
         learn.fit_one_cycle(epochs, lr, pct_start=.15)
     rec  = learn.recorder
     hist = pd.DataFrame([list(map(float, v)) for v in rec.values], columns=list(rec.metric_names)[1:-1])
-    config = dict(maker=maker, args=args, attribute=attribute, attack=attack, weight=weight, use_disease=use_disease, epochs=epochs,
+    config = dict(maker=maker, args=args, attribute=attribute, attack=attack, weight=weight, use_disease=use_disease,
+                  epochs=epochs,
                   attackers=len(archs), attacker_steps=attacker_steps, size=size, seed=seed, data=records.name,
                   n_images=len(dls.train.dataset), n_patients=len(set(dls.train_patients)))
     return Obfuscator(game.maker.cpu(), config, hist.assign(epoch=range(len(hist))), frozenset(defence.df.patient_id))

@@ -6,7 +6,7 @@
 __all__ = ['ProbeLoss', 'mean_auroc', 'KeepBestCallback', 'scores_of_model', 'Probe', 'probe_learner', 'learning_curve',
            'train_probe', 'probe_predictions']
 
-# %% ../nbs/23_probe.ipynb #78fa433f
+# %% ../nbs/23_probe.ipynb #10707875
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,16 +27,18 @@ from torch import nn
 
 from .core import ConfigError, seed_everything
 from .data.core import Predictions, Records, make_predictions
-from .data.load import records_dls, target_values
+from .data.load import RecordsDL, records_dls
 from .models.resnet import create_classifier
 from .objectives.focal import MaskedBCE
 
-# %% ../nbs/23_probe.ipynb #2703c613
+# %% ../nbs/23_probe.ipynb #194b64da
 _AGE_CENTRE, _AGE_SCALE = 50., 15.    # years
 
 class ProbeLoss(nn.Module):
     "Loss of one target: binary, class or age"
-    def __init__(self, kind): super().__init__(); self.kind, self.bce = kind, MaskedBCE()
+    def __init__(self,
+        kind:str,    # 'binary', 'class' or 'age'
+    ): super().__init__(); self.kind, self.bce = kind, MaskedBCE()
     def forward(self, pred, y):
         if self.kind == 'age':   return F.smooth_l1_loss(pred[:,0], (y.view(-1) - _AGE_CENTRE)/_AGE_SCALE)
         if self.kind == 'class': return F.cross_entropy(pred, y.view(-1).nan_to_num(-100).long())
@@ -46,7 +48,7 @@ class ProbeLoss(nn.Module):
         return pred.softmax(1) if self.kind == 'class' else pred.sigmoid()
     def decodes(self, pred): return pred
 
-# %% ../nbs/23_probe.ipynb #3278b75c
+# %% ../nbs/23_probe.ipynb #25c3f4c3
 def _auroc(y, s):
     k = ~np.isnan(y)
     return roc_auc_score(y[k], s[k]) if len(np.unique(y[k])) == 2 else np.nan
@@ -63,7 +65,7 @@ def mean_auroc(
     a = [_auroc(y[:,j], score[:,j]) for j in range(y.shape[1])]
     return float(np.nanmean(a)) if not np.isnan(a).all() else np.nan
 
-# %% ../nbs/23_probe.ipynb #c72f8000
+# %% ../nbs/23_probe.ipynb #3562da10
 class KeepBestCallback(TrackerCallback):
     "Keep the weights of the best epoch in memory and put them back at the end"
     order = TrackerCallback.order+1    # after Recorder wrote the value, before early stopping may end the fit
@@ -75,10 +77,10 @@ class KeepBestCallback(TrackerCallback):
         if self.state is not None: self.model.load_state_dict(self.state)
         super().after_fit()
 
-# %% ../nbs/23_probe.ipynb #487a69e5
+# %% ../nbs/23_probe.ipynb #959f8522
 def scores_of_model(
     model:nn.Module,     # Gives (B, outputs)
-    dl,                  # A `RecordsDL`, not shuffled
+    dl:RecordsDL,        # Not shuffled
     loss:ProbeLoss,      # For its activation
 ) -> np.ndarray:         # (n, outputs): probabilities, or years
     "Score every image of a loader, averaging over its draws"
@@ -91,7 +93,7 @@ def scores_of_model(
     finally: dl.draw = old; model.train(was)
     return torch.stack(out).mean(0).numpy()
 
-# %% ../nbs/23_probe.ipynb #e88cb422
+# %% ../nbs/23_probe.ipynb #d7b9d2eb
 @dataclass(frozen=True)
 class Probe:
     "A trained network and what it scored"
@@ -99,7 +101,7 @@ class Probe:
     preds: Predictions                         # Of validation and test patients
     loss: ProbeLoss = field(repr=False)        # With the activation of its target
 
-# %% ../nbs/23_probe.ipynb #c3dd20d3
+# %% ../nbs/23_probe.ipynb #2b9f5c0e
 def _kind(records, target):
     if target == 'age': return 'age', ('age',)
     if target in ('sex', 'age>median'): return 'binary', (target,)
@@ -108,7 +110,7 @@ def _kind(records, target):
 
 def _n_out(records, kind, labels): return len(labels) if kind != 'class' else int(np.nanmax(records.df[labels[0]])) + 1
 
-# %% ../nbs/23_probe.ipynb #a88d091b
+# %% ../nbs/23_probe.ipynb #b33efea0
 def probe_learner(
     dls:DataLoaders,         # From `records_dls`, with one target
     model:nn.Module,         # Gives (B, outputs)
@@ -118,13 +120,15 @@ def probe_learner(
     **kwargs,                # Further arguments of `Learner`
 ) -> Learner:                # Ready for `fit_one_cycle`
     "A fastai `Learner` that keeps its best epoch by AUROC on the validation patients"
-    metric = AccumMetric(lambda p,y: mean_auroc(p.float().cpu(), y.cpu(), kind), flatten=False, to_np=False, name='valid_auroc',
+    metric = AccumMetric(lambda p,y: mean_auroc(p.float().cpu(), y.cpu(), kind), flatten=False, to_np=False,
+                         name='valid_auroc',
                          dim_argmax=None, activation=None)
     cbs = [KeepBestCallback('valid_auroc', np.greater)]
     if patience: cbs.append(EarlyStoppingCallback('valid_auroc', np.greater, patience=patience))
-    return Learner(dls, model, loss_func=ProbeLoss(kind), opt_func=Adam, lr=lr, wd=.01, metrics=metric, cbs=cbs, **kwargs)
+    return Learner(dls, model, loss_func=ProbeLoss(kind), opt_func=Adam, lr=lr, wd=.01, metrics=metric, cbs=cbs,
+                   **kwargs)
 
-# %% ../nbs/23_probe.ipynb #a7d3f457
+# %% ../nbs/23_probe.ipynb #603a00a5
 def learning_curve(
     learn:Learner,     # After a fit
     name:str,          # Written into column `model`
@@ -134,7 +138,7 @@ def learning_curve(
     df = pd.DataFrame([list(map(float, v)) for v in rec.values], columns=list(rec.metric_names)[1:1+len(rec.values[0])])
     return df.assign(model=name, epoch=range(len(df)))[['model', 'epoch', *df.columns]]
 
-# %% ../nbs/23_probe.ipynb #446e884a
+# %% ../nbs/23_probe.ipynb #be642f29
 def _fit(learn, epochs, lr, progress):
     with nullcontext() if progress else learn.no_logging(): learn.fit_one_cycle(epochs, lr)
 
@@ -144,7 +148,7 @@ def train_probe(
     arch:str='small_resnet',     # See `create_classifier`
     *,
     size:int=64,                 # Side of the images, pixels
-    mechanism=None,              # Train and score on released images
+    mechanism:object=None,       # Train and score on released images
     draws:int=4,                 # Releases of each image
     epochs:int=12,               # At most
     bs:int=64,                   # Batch
@@ -162,7 +166,8 @@ def train_probe(
     if epochs < 1: raise ConfigError(f'epochs must be at least 1, got {epochs}')
     seed_everything(seed)
     kind, labels = _kind(records, target)
-    if dls is None: dls = records_dls(records, target, size, bs, mechanism=mechanism, draws=draws, device=device, median=median)
+    if dls is None:
+        dls = records_dls(records, target, size, bs, mechanism=mechanism, draws=draws, device=device, median=median)
     model = create_classifier(arch, _n_out(records, kind, labels), dls.train.dataset.x.shape[-3])
     learn = probe_learner(dls, model, kind, lr, patience)
     with learn.no_bar() if not progress else nullcontext(): _fit(learn, epochs, lr, progress)
@@ -170,7 +175,7 @@ def train_probe(
     preds = probe_predictions(model, dls, learn.loss_func, labels, name or arch, run, task)
     return Probe(model, Predictions(preds.df, labels, task, learning_curve(learn, name or arch)), learn.loss_func)
 
-# %% ../nbs/23_probe.ipynb #3443093d
+# %% ../nbs/23_probe.ipynb #c314d0aa
 def probe_predictions(
     model:nn.Module,      # A trained network
     dls:DataLoaders,      # From `records_dls`: its validation and test images are scored
@@ -184,5 +189,7 @@ def probe_predictions(
     parts = []
     for dl in dls.loaders[1:]:
         y = dl.dataset.ys[0].float().view(len(dl.dataset), -1).numpy()
-        if len(y): parts.append(make_predictions(dl.dataset.records, y, scores_of_model(model, dl, loss), labels, model=name, run=run, task=task))
+        if len(y):
+            parts.append(make_predictions(dl.dataset.records, y, scores_of_model(model, dl, loss), labels, model=name,
+                                          run=run, task=task))
     return Predictions(pd.concat([p.df for p in parts], ignore_index=True), labels, task)

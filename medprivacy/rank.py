@@ -6,7 +6,7 @@
 __all__ = ['Blocks', 'exact_dtype', 'roc_blocks', 'blocks_auroc', 'pr_blocks', 'blocks_auprc', 'placements', 'auroc_influence',
            'fake_predictions']
 
-# %% ../nbs/49b_rank.ipynb #a674fae2
+# %% ../nbs/49b_rank.ipynb #156e97cf
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from .core import ConfigError
 from .data.core import Predictions
 from .resample import Units, units_of
 
-# %% ../nbs/49b_rank.ipynb #c2e6adad
+# %% ../nbs/49b_rank.ipynb #8ca04af3
 @dataclass(frozen=True)
 class Blocks:
     "Rows of one label, sorted and merged: weights of the units go in, weights of the blocks come out"
@@ -44,7 +44,7 @@ def exact_dtype(
     largest = np.bincount(units.codes, minlength=1).max() if len(units.codes) else 0
     return np.float32 if units.m*largest < 2**22 else np.float64
 
-# %% ../nbs/49b_rank.ipynb #44f3597e
+# %% ../nbs/49b_rank.ipynb #7d320e6c
 def roc_blocks(
     y:np.ndarray,           # (n,) labels 0 or 1
     s:np.ndarray,           # (n,) finite scores
@@ -71,7 +71,7 @@ def blocks_auroc(
     won   = np.einsum('rb,rb->b', below, p, dtype=np.float64)
     return np.divide(won, total, where=total > 0, out=np.full(total.shape, np.nan))
 
-# %% ../nbs/49b_rank.ipynb #a130f643
+# %% ../nbs/49b_rank.ipynb #3226bf4a
 def pr_blocks(
     y:np.ndarray,           # (n,) labels 0 or 1
     s:np.ndarray,           # (n,) finite scores
@@ -94,7 +94,7 @@ def blocks_auprc(
     prec   = np.divide(found, called, where=called > 0, out=np.zeros_like(called))
     return np.divide((prec*p).sum(0), found[-1], where=found[-1] > 0, out=np.full(p.shape[1], np.nan))
 
-# %% ../nbs/49b_rank.ipynb #a8e58c7a
+# %% ../nbs/49b_rank.ipynb #9675e0e4
 def placements(
     y:np.ndarray,       # (n,) labels 0 or 1, both present
     s:np.ndarray,       # (n,) finite scores
@@ -115,7 +115,7 @@ def auroc_influence(
     v = v - v[pos].mean()
     return np.stack([np.bincount(units.codes[k], v[k], minlength=units.m)/k.sum() for k in (pos, ~pos)], axis=1)
 
-# %% ../nbs/49b_rank.ipynb #bd8c7c6b
+# %% ../nbs/49b_rank.ipynb #acd27aa8
 def fake_predictions(
     n_patients:int=200,         # Number of patients
     labels:tuple=('effusion','cardiomegaly'),   # Targets, independent of each other

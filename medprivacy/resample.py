@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Interval', 'Units', 'units_of', 'resample_counts', 'unit_sums', 'bootstrap_sums', 'interval', 'two_sided_p', 'holm']
 
-# %% ../nbs/49_resample.ipynb #ac6e6ee0
+# %% ../nbs/49_resample.ipynb #b09e0c30
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from scipy.stats import norm
 
 from .core import ConfigError, DataError
 
-# %% ../nbs/49_resample.ipynb #0ed3d842
+# %% ../nbs/49_resample.ipynb #74042d1a
 @dataclass(frozen=True)
 class Interval:
     "A value with its interval, the number of resampled units and what the unit is"
@@ -28,7 +28,7 @@ class Interval:
     def __str__(self): return f'{self.value:.3f} [{self.lo:.3f}, {self.hi:.3f}]'
     def __contains__(self, x): return bool(self.lo <= x <= self.hi)
 
-# %% ../nbs/49_resample.ipynb #65e65741
+# %% ../nbs/49_resample.ipynb #1ce48dbf
 @dataclass(frozen=True)
 class Units:
     "Which unit each row belongs to"
@@ -50,7 +50,7 @@ def units_of(
     codes, found = pd.factorize(ids.astype(str).to_numpy(), sort=True)
     return Units(codes, len(found), 'patient')
 
-# %% ../nbs/49_resample.ipynb #a280e681
+# %% ../nbs/49_resample.ipynb #60dcc789
 def resample_counts(
     m:int,                  # Number of units
     n_boot:int=1000,        # Number of resamples
@@ -67,7 +67,7 @@ def resample_counts(
         idx = rng.integers(0, m, size=(b, m), dtype=np.uint32).astype(np.int64) + np.arange(b)[:,None]*m
         yield np.ascontiguousarray(np.bincount(idx.ravel(), minlength=b*m).reshape(b, m).T, dtype=np.float32)
 
-# %% ../nbs/49_resample.ipynb #63db9f23
+# %% ../nbs/49_resample.ipynb #818a1ea5
 def unit_sums(
     x:np.ndarray,       # (n,) or (n,K) values per row; NaN counts as zero
     units:Units,        # The unit of each row
@@ -88,7 +88,7 @@ def bootstrap_sums(
     blocks = draw() if draw else resample_counts(units.m, n_boot, seed)
     return np.concatenate([w.T.astype(np.float64) @ sums for w in blocks])
 
-# %% ../nbs/49_resample.ipynb #b1835f34
+# %% ../nbs/49_resample.ipynb #52b2b536
 def _bca_probs(value, draws, influence, probs):
     "Quantile levels corrected for bias and acceleration"
     b  = len(draws)
@@ -121,7 +121,7 @@ def interval(
     if undef.any(): note = '; '.join(filter(None, [note, f'undefined in {undef.sum()} of {len(draws)} resamples']))
     return Interval(value, *map(float, np.quantile(ok, probs)), n, unit, note)
 
-# %% ../nbs/49_resample.ipynb #e3ca7ee4
+# %% ../nbs/49_resample.ipynb #e1dc8422
 def two_sided_p(
     draws:np.ndarray,   # (n_boot,) or (n_boot,K) differences in each resample; NaN is left out
 ) -> np.ndarray:        # () or (K,) p-values in (0,1]; NaN where no draw exists

@@ -6,7 +6,7 @@
 __all__ = ['UNACCOUNTED', 'study_records', 'obfuscate_stage', 'picture_stage', 'attack_stage', 'utility_stage', 'train_stage',
            'headline', 'demo_stages']
 
-# %% ../nbs/65_study.ipynb #31d329f6
+# %% ../nbs/65_study.ipynb #6544f15a
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -35,7 +35,7 @@ from .obfuscate import Obfuscator, train_obfuscator
 from .probe import ProbeLoss, probe_predictions, scores_of_model, train_probe
 from .visualize import count_people, show_views
 
-# %% ../nbs/65_study.ipynb #94e4ff30
+# %% ../nbs/65_study.ipynb #9215b52f
 _FRACS = (.6, .1, .3)    # of patients: a third for testing, since intervals over few patients are wide
 
 def _phantoms(run, d):
@@ -46,9 +46,10 @@ def _phantoms(run, d):
 def _table(d):
     cols = {k: d.get(k) for k in ('image', 'patient', 'sex', 'age') if d.get(k)}
     codes = dict(kv.split('=') for kv in d['sex_codes'].split(',')) if d.get('sex_codes') else None
-    return read_table(d['csv'], d['root'], d['labels'], folder=d.get('folder', ''), ext=d.get('ext', ''), sex_codes=codes, name=d['name'], **cols)
+    return read_table(d['csv'], d['root'], d['labels'], folder=d.get('folder', ''), ext=d.get('ext', ''),
+                      sex_codes=codes, name=d['name'], **cols)
 
-# %% ../nbs/65_study.ipynb #6fd4e9c2
+# %% ../nbs/65_study.ipynb #341ffd94
 def study_records(
     run:Run,         # Its section `data` says where the images are
 ) -> Records:        # With split and part
@@ -60,7 +61,7 @@ def study_records(
     add_table(run, 'demographics', count_people(recs))
     return recs
 
-# %% ../nbs/65_study.ipynb #cc54998b
+# %% ../nbs/65_study.ipynb #7f4700e9
 def obfuscate_stage(
     run:Run,             # The run
     records:Records,     # With split and part
@@ -75,7 +76,7 @@ def obfuscate_stage(
 def picture_stage(
     run:Run,                 # The run
     records:Records,         # With split and part
-    obfuscator,              # A mechanism
+    obfuscator:object,       # A mechanism
     size:int=64,             # Pixels
 ) -> dict:                   # The numbers added to the summary
     "Show test images of the attack part before and after (`figures/views.png`), and measure the change"
@@ -85,7 +86,7 @@ def picture_stage(
     np.ravel(ax)[0].figure.savefig(run.figure_path('views'), dpi=150, bbox_inches='tight'); plt.close('all')
     return add_summary(run, {'obfuscated.mean_change': dict(value=mean_change(obfuscator, x), n=len(x))})
 
-# %% ../nbs/65_study.ipynb #fc4c62fc
+# %% ../nbs/65_study.ipynb #aa0bd77d
 _SETTINGS = ('size', 'epochs', 'bs', 'seed', 'device', 'draws', 'patience')
 
 def _conditions(obfuscator, noise):
@@ -97,11 +98,11 @@ def _sample_images(records, attribute, size):
     dl = records_dls(records.select(part='attack'), attribute, size, device='cpu').valid
     return dl.fetch(range(min(128, len(dl.dataset))))[0]
 
-# %% ../nbs/65_study.ipynb #572b596a
+# %% ../nbs/65_study.ipynb #fc1c9e9c
 def attack_stage(
     run:Run,                 # The run
     records:Records,         # With split and part
-    obfuscator=None,         # The mechanism to test; None: raw images and control only
+    obfuscator:object=None,  # The mechanism to test; None: raw images and control only
     archs:tuple=('small_resnet', 'resnet9'),    # Attackers
     settings:dict=None,      # Arguments of `attack_attribute`
     *,
@@ -112,21 +113,25 @@ def attack_stage(
     noise = None if obfuscator is None else matched_noise(obfuscator, _sample_images(records, a, kw.get('size', 64)))
     for name,how in _conditions(obfuscator, noise).items():
         with stage(run, f'attack {a}: {name}'):
-            preds = attack_attribute(records, a, archs=archs[:1] if name == 'shuffled' else archs, run=run.path.name, **kw, **how)
+            preds = attack_attribute(records, a, archs=archs[:1] if name in ('shuffled', 'noise') else archs, run=run.path.name,
+                                     **kw, **how)
         save_predictions(preds, run.path/'predictions'/f'attack_{name}.parquet')
-        tables.append(leakage_table(preds, n_boot=n_boot).assign(condition=name)); curves.append(preds.history.assign(condition=name))
+        tables.append(leakage_table(preds, n_boot=n_boot).assign(condition=name))
+        curves.append(preds.history.assign(condition=name))
         if name == 'shuffled': _control(run, preds, a, n_boot)
     table = pd.concat(tables, ignore_index=True)
     add_table(run, 'attack', table); add_table(run, 'history', pd.concat(curves, ignore_index=True))
     best = table[table.model == 'strongest']
-    add_summary(run, {f'{r.condition}.{a}.leakage': dict(value=r.leakage, lo=r.lo, hi=r.hi, n=r.n) for r in best.itertuples() if r.condition != 'shuffled'})
+    add_summary(run, {f'{r.condition}.{a}.leakage': dict(value=r.leakage, lo=r.lo, hi=r.hi, n=r.n)
+                      for r in best.itertuples() if r.condition != 'shuffled'})
     return table
 
 def _control(run, preds, a, n_boot):
     t = preds.df[preds.df.split == 'test']
-    add_summary(run, {f'control.{a}.auroc': auroc_ci(t[f'y_{a}'].to_numpy(), t[f'score_{a}'].to_numpy(), patient=t.patient_id.to_numpy(), n_boot=n_boot)})
+    add_summary(run, {f'control.{a}.auroc': auroc_ci(t[f'y_{a}'].to_numpy(), t[f'score_{a}'].to_numpy(),
+                                                     patient=t.patient_id.to_numpy(), n_boot=n_boot)})
 
-# %% ../nbs/65_study.ipynb #e532f240
+# %% ../nbs/65_study.ipynb #be22dd44
 def _write_utility(run, preds, n_boot):
     "Add classifiers, as Predictions named by their condition, to the tables of utility and groups"
     path = run.path/'predictions'/'disease.parquet'
@@ -135,16 +140,19 @@ def _write_utility(run, preds, n_boot):
         if len(old): preds = Predictions(pd.concat([old, preds.df], ignore_index=True), preds.labels, preds.task)
     save_predictions(preds, path)
     use = metrics_table(preds, n_boot=n_boot).rename(columns={'model': 'condition'})
-    add_table(run, 'utility', use); add_table(run, 'groups', by_group(preds, n_boot=n_boot).rename(columns={'model': 'condition'}))
+    add_table(run, 'utility', use)
+    add_table(run, 'groups', by_group(preds, n_boot=n_boot).rename(columns={'model': 'condition'}))
     best = use[use.label == 'macro']
-    add_summary(run, {f'{r.condition.replace(" ", "_")}.disease.auroc': dict(value=r.auroc, lo=r.auroc_lo, hi=r.auroc_hi, n=r.n) for r in best.itertuples()})
+    add_summary(run, {f'{r.condition.replace(" ", "_")}.disease.auroc': dict(value=r.auroc, lo=r.auroc_lo,
+                                                                             hi=r.auroc_hi, n=r.n)
+                      for r in best.itertuples()})
     return use
 
-# %% ../nbs/65_study.ipynb #ba3f88c6
+# %% ../nbs/65_study.ipynb #d8d4d315
 def utility_stage(
     run:Run,                      # The run
     records:Records,              # With split and part
-    obfuscator=None,              # The mechanism; None: raw images only
+    obfuscator:object=None,       # The mechanism; None: raw images only
     arch:str='small_resnet',      # Of the classifiers
     settings:dict=None,           # Arguments of `train_probe`
     *,
@@ -159,14 +167,16 @@ def utility_stage(
             keep = {k: v for k,v in kw.items() if k in ('size', 'bs', 'draws', 'device')}
             dls  = records_dls(part, mechanism=obfuscator, **keep)
             preds.append(train_probe(part, arch=arch, name='obfuscated', run=run.path.name, dls=dls, **kw).preds)
-            preds.append(probe_predictions(raw.model, dls, raw.loss, raw.preds.labels, 'obfuscated, raw classifier', run.path.name))
+            preds.append(probe_predictions(raw.model, dls, raw.loss, raw.preds.labels, 'fixed raw classifier',
+                                           run.path.name))
     return _write_utility(run, concat_predictions(preds), n_boot)
 
-# %% ../nbs/65_study.ipynb #c2b88acb
+# %% ../nbs/65_study.ipynb #3ba13988
 UNACCOUNTED = ('the threshold of each label is chosen on validation patients (Youden), outside the budget',
                'validation patients are scored after each epoch; nothing is chosen by it')
 
-def _classifier(dls, arch, lr): return Learner(dls, create_classifier(arch, len(dls.train.dataset.records.labels), dls.train.dataset.x.shape[-3]),
+def _classifier(dls, arch, lr): return Learner(dls, create_classifier(arch, len(dls.train.dataset.records.labels),
+                                                                      dls.train.dataset.x.shape[-3]),
                                                loss_func=ProbeLoss('binary'), opt_func=Adam, lr=lr, wd=0.)
 
 def _fitted(dls, arch, lr, epochs, seed, private=None, progress=False):
@@ -178,17 +188,17 @@ def _fitted(dls, arch, lr, epochs, seed, private=None, progress=False):
         learn.fit_one_cycle(epochs, lr)
     return learn
 
-# %% ../nbs/65_study.ipynb #f7fe3e16
+# %% ../nbs/65_study.ipynb #28298a6d
 def train_stage(
     run:Run,                          # The run
     records:Records,                  # With split
     epsilons:tuple=(8.,),             # Targets; the first one is the run's private classifier
     arch:str='small_resnet',          # Of the classifiers
     *,
-    obfuscator=None,                  # Train on released images
+    obfuscator:object=None,           # Train on released images
     size:int=64,                      # Side of the images, pixels
     bs:int=64,                        # Batch without privacy
-    private_bs:int=128,               # Expected batch with privacy
+    private_bs:int=None,              # Expected batch with privacy; None: a fifth of the training patients, at most 128
     epochs:int=12,                    # Without privacy
     private_epochs:int=20,            # With privacy
     lr:float=4e-3,                    # Largest learning rate, both
@@ -206,11 +216,13 @@ def train_stage(
     kw, preds, rows = dict(mechanism=obfuscator, draws=draws, device=device), [], []
     with stage(run, 'disease classifier: no privacy'):
         dls = records_dls(records, size=size, bs=bs, **kw)
-        preds.append(probe_predictions(_fitted(dls, arch, lr, epochs, seed, None, progress).model, dls, ProbeLoss('binary'), records.labels, 'public', run.path.name))
-    dls = records_dls(records, size=size, bs=private_bs, **kw)
+        preds.append(probe_predictions(_fitted(dls, arch, lr, epochs, seed, None, progress).model, dls,
+                                       ProbeLoss('binary'), records.labels, 'public', run.path.name))
+    dls = records_dls(records, size=size, bs=private_bs or min(128, max(1, len(set(dls.train_patients))//5)), **kw)
     for i,eps in enumerate(epsilons):
         with stage(run, f'disease classifier: private, target ε = {eps:g}'):
-            learn = _fitted(dls, arch, lr, private_epochs, seed, dict(target_epsilon=eps, max_grad_norm=max_grad_norm, delta=delta, unit=unit), progress)
+            learn = _fitted(dls, arch, lr, private_epochs, seed,
+                            dict(target_epsilon=eps, max_grad_norm=max_grad_norm, delta=delta, unit=unit), progress)
         name = 'private' if i == 0 else f'private ε={eps:g}'
         preds.append(probe_predictions(learn.model, dls, ProbeLoss('binary'), records.labels, name, run.path.name))
         rows.append((name, learn.dp.spent)); print(f'  {learn.dp.spent}')
@@ -219,7 +231,7 @@ def train_stage(
     _write_eps(run, use, dict((n, s.eps) for n,s in rows))
     return use
 
-# %% ../nbs/65_study.ipynb #dd142e3a
+# %% ../nbs/65_study.ipynb #4ec51394
 def _write_privacy(run, spent):
     atomic_write(run.path/'privacy.json', json.dumps(asdict(spent), indent=1) + '\n')
     atomic_write(run.path/'unaccounted.json', json.dumps(list(UNACCOUNTED), indent=1) + '\n')
@@ -231,13 +243,14 @@ def _write_eps(run, use, eps):
     t = t.assign(epsilon=t.condition.map({'public': np.inf, **eps}), value=t.auroc, lo=t.auroc_lo, hi=t.auroc_hi)
     add_table(run, 'eps', t[['epsilon', 'value', 'lo', 'hi', 'n', 'n_patients']])
 
-# %% ../nbs/65_study.ipynb #a060370a
+# %% ../nbs/65_study.ipynb #81c36fdc
 def headline(
     run:Run,           # A run with results
 ) -> pd.DataFrame:     # result, value, 95 % interval, n
     "The summary of a run as a table to print"
-    rows = [dict(result=k, value=f"{v['value']:.3f}" if v['value'] is not None else '–',
-                 interval='' if v['lo'] is None else f"[{v['lo']:.3f}, {v['hi']:.3f}]", n='' if v['n'] is None else int(v['n']))
+    rows = [dict(result=k, value='–' if v['value'] is None else f"{v['value']:.3f}" if v['value'] >= .001 else f"{v['value']:.2g}",
+                 interval='' if v['lo'] is None else f"[{v['lo']:.3f}, {v['hi']:.3f}]",
+                 n='' if v['n'] is None else int(v['n']))
             for k,v in run.summary.items()]
     return pd.DataFrame(rows)
 
@@ -245,6 +258,7 @@ def demo_stages(
     run:Run,                   # Its config has `data` and `attribute`
     obfuscate:dict,            # Arguments of `train_obfuscator`
     attack:dict,               # Arguments of `attack_attribute`, with `archs`
+    utility:dict,              # Arguments of `train_probe`
     train:dict,                # Arguments of `train_stage`
     *,
     n_boot:int=1000,           # Resamples of patients
@@ -256,6 +270,6 @@ def demo_stages(
     with stage(run, f'obfuscator against {a}'): obf = obfuscate_stage(run, recs, obfuscate)
     picture_stage(run, recs, obf, obfuscate.get('size', 64))
     attack_stage(run, recs, obf, archs, attack, n_boot=n_boot)
-    utility_stage(run, recs, obf, settings={k: v for k,v in attack.items() if k != 'patience'}, n_boot=n_boot)
+    utility_stage(run, recs, obf, settings=utility, n_boot=n_boot)
     train_stage(run, recs, **train, n_boot=n_boot)
     return headline(run)

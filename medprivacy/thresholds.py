@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CONFUSION', 'check_scores', 'youden_threshold', 'sensitivity_threshold', 'rate_threshold', 'confusion', 'rates']
 
-# %% ../nbs/49a_thresholds.ipynb #f90a946f
+# %% ../nbs/49a_thresholds.ipynb #1f799cf7
 import numpy as np
 from sklearn.metrics import roc_curve
 
 from .core import ConfigError, DataError
 
-# %% ../nbs/49a_thresholds.ipynb #da6c33c4
+# %% ../nbs/49a_thresholds.ipynb #90022687
 def check_scores(
     y:np.ndarray, # (n,) or (n,L) labels 0, 1 or NaN (unknown, masked)
     score:np.ndarray, # Same shape: scores, higher = more positive; finite wherever y is known
@@ -30,7 +30,7 @@ def check_scores(
         raise DataError(f'score is NaN or infinite in {bad} rows with a known label; drop them or set their y to NaN')
     return y, score
 
-# %% ../nbs/49a_thresholds.ipynb #9872275c
+# %% ../nbs/49a_thresholds.ipynb #97056668
 def youden_threshold(
     y:np.ndarray,   # (n,) or (n,L) labels, NaN masked
     score:np.ndarray, # Same shape
@@ -45,7 +45,7 @@ def youden_threshold(
             out[l] = thr[1:][np.argmax((tpr-fpr)[1:])]
     return out
 
-# %% ../nbs/49a_thresholds.ipynb #37798784
+# %% ../nbs/49a_thresholds.ipynb #cc3302ab
 def _highest_reaching(score, share):
     "Highest observed score that at least `share` of the scores reach"
     s = np.sort(score)[::-1]
@@ -73,7 +73,7 @@ def rate_threshold(
     return np.array([_highest_reaching(s[k], (t[k].mean() if k.any() else 1) if rate is None else rate)
                      for t, s, k in zip(y.T, score.T, known)])
 
-# %% ../nbs/49a_thresholds.ipynb #9920563c
+# %% ../nbs/49a_thresholds.ipynb #6da9908e
 CONFUSION = 'tp','fp','fn','tn'
 
 def confusion(

@@ -6,7 +6,7 @@
 __all__ = ['CHEST_FINDINGS', 'DEVICES', 'soft_step', 'bump', 'dome', 'random_pose', 'body_grid', 'smooth_field', 'draw_strokes',
            'branch', 'chest_body', 'draw_chest']
 
-# %% ../../nbs/01c_data.chest.ipynb #bcf8a961
+# %% ../../nbs/01c_data.chest.ipynb #c1c440b2
 import math
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from ..core import ConfigError
 
-# %% ../../nbs/01c_data.chest.ipynb #5d9cc5c7
+# %% ../../nbs/01c_data.chest.ipynb #1e9c66c9
 def soft_step(
     d:np.ndarray,     # Signed distance, positive inside
     w:float,          # Half-width of the transition
@@ -39,7 +39,7 @@ def dome(
     "Path length of a ray through a ball"
     return np.sqrt(np.maximum(1-r2, 0))
 
-# %% ../../nbs/01c_data.chest.ipynb #0b27cdba
+# %% ../../nbs/01c_data.chest.ipynb #fda193c9
 def random_pose(
     rng:np.random.Generator,    # Source of the draw
     zoom:float=1.,              # Mean magnification
@@ -63,7 +63,7 @@ def body_grid(
     u,v = g[None]-np.float32(t[0]),g[:,None]-np.float32(t[1])
     return m[0,0]*u+m[0,1]*v, m[1,0]*u+m[1,1]*v
 
-# %% ../../nbs/01c_data.chest.ipynb #747a5baf
+# %% ../../nbs/01c_data.chest.ipynb #d2ffd57f
 def smooth_field(
     grid:np.ndarray,    # Random values (n,n) over [-1.2,1.2]²
     x:np.ndarray,       # Body coordinate
@@ -91,7 +91,7 @@ def draw_strokes(
         i += n
     return np.asarray(img.reduce(k), dtype=np.float32)*(1/255)
 
-# %% ../../nbs/01c_data.chest.ipynb #282f0cd5
+# %% ../../nbs/01c_data.chest.ipynb #219423e4
 def branch(
     draw:iter,       # Yields standard normal numbers
     start:tuple,     # x, y
@@ -113,7 +113,7 @@ def branch(
         out += branch(draw, pts[i], a+sgn*turn, length*short, width*.66, level*.72, depth-1, bend)
     return out
 
-# %% ../../nbs/01c_data.chest.ipynb #ca50e31e
+# %% ../../nbs/01c_data.chest.ipynb #2daba57c
 def chest_body(
     rng:np.random.Generator,    # Source of the draw
 ) -> dict:                      # z (32,), coarse, fine: grids, vessels: polylines, side: -1 or 1, spots: (x, y, radius)
@@ -130,7 +130,7 @@ def chest_body(
                 fine=rng.normal(size=(33,33)).astype(np.float32),
                 vessels=sorted(ves, key=lambda o: o[2]), side=int(rng.choice([-1, 1])), spots=spots)
 
-# %% ../../nbs/01c_data.chest.ipynb #8dd8b342
+# %% ../../nbs/01c_data.chest.ipynb #94bf4340
 def _measures(z, n, sex, age, big):
     "Lengths in body units from the person's `z`, the picture's noise `n`, and the planted factors"
     m = SimpleNamespace(z=z, n=n, sex=sex, age=age)
@@ -147,7 +147,7 @@ def _measures(z, n, sex, age, big):
     m.arm = (.36+.04*z[10]+.06*n[4], .95)
     return m
 
-# %% ../../nbs/01c_data.chest.ipynb #ac97b67a
+# %% ../../nbs/01c_data.chest.ipynb #42783c6b
 def _soft_tissue(c, m):
     "Torso, neck, shoulders and arms; sets the outline `c.B`"
     z,ax,y = m.z,c.ax,c.y
@@ -162,7 +162,7 @@ def _soft_tissue(c, m):
     parts = ((k*p)**2 for k,p in ((1, torso), (.8, neck), (.85, arm), (.9, sho)))
     return sum(p*p for p in parts)**.25*(.62+.15*m.wall)
 
-# %% ../../nbs/01c_data.chest.ipynb #392fa0ac
+# %% ../../nbs/01c_data.chest.ipynb #e7d5be01
 def _lungs(c, m):
     "Air, which takes tissue away; sets masks of rib cage, lungs and diaphragm for the other parts"
     z,ax,y = m.z,c.ax,c.y
@@ -179,7 +179,7 @@ def _lungs(c, m):
     c.tex = smooth_field(c.body['coarse'], c.x, y)*.10+smooth_field(c.body['fine'], c.x, y)*.07
     return -.44*c.lung*(.5+.5*dome(c.q*c.q))*(1+.15*c.tex)
 
-# %% ../../nbs/01c_data.chest.ipynb #682524bb
+# %% ../../nbs/01c_data.chest.ipynb #06eb6849
 def _ribs(c, m):
     "Ribs behind (steep, with bright rims) and in front (wide, faint), and the rim of the cage"
     z,q,y = m.z,c.q,c.y
@@ -196,7 +196,7 @@ def _ribs(c, m):
     rim  = .08*bump(c.ax-c.W-.012, .03)*soft_step(y-m.top-.12, .08)*soft_step(m.bot+.12-y, .1)
     return (.075*rib+.05*fore)*cage+rim
 
-# %% ../../nbs/01c_data.chest.ipynb #96ff91cc
+# %% ../../nbs/01c_data.chest.ipynb #42efd8f1
 def _centre(c, m):
     "Mediastinum, spine, windpipe, aorta"
     z,x,y = m.z,c.x,c.y
@@ -211,7 +211,7 @@ def _centre(c, m):
     if m.age>0: A += .08*m.age*bump(r-.9, .13)*(y<c.ky+.03)*c.left
     return A
 
-# %% ../../nbs/01c_data.chest.ipynb #df9a240c
+# %% ../../nbs/01c_data.chest.ipynb #8b4993f0
 def _heart(c, m):
     "Left and right heart and the outflow above them"
     x,y,h = c.x,c.y,m.heart
@@ -223,7 +223,7 @@ def _heart(c, m):
     hm  = np.maximum(np.maximum(soft_step(1-r2, .17), soft_step(1-ra, .17)), .7*soft_step(1-out, .6))
     return .34*hm*(.75+.25*dome(r2))*c.above*(1-.40*c.core)
 
-# %% ../../nbs/01c_data.chest.ipynb #4db42a0e
+# %% ../../nbs/01c_data.chest.ipynb #ebc5d774
 def _belly(c, m):
     "Liver and stomach under the domes, with the stomach's gas"
     z,y = m.z,c.y
@@ -235,7 +235,7 @@ def _belly(c, m):
     r   = np.hypot((c.x-.33-.04*z[23])*(1/.14), (y-m.bot-.08)*(1/.065))
     return A-.13*min(1.4, 1+.3*gas)*soft_step(1-r, .2)*(1-c.above)
 
-# %% ../../nbs/01c_data.chest.ipynb #09fbae87
+# %% ../../nbs/01c_data.chest.ipynb #bbc71e02
 def _chest_wall(c, m):
     "Breast shadows with a sharper lower edge, or the muscle of a man's chest wall"
     z,ax,y = m.z,c.ax,c.y
@@ -245,7 +245,7 @@ def _chest_wall(c, m):
     r2  = ((ax-.42*m.cage/.665)*(1/(.29+.03*z[25])))**2+((y-by)*(1/(.27+.03*z[25])))**2
     return .155*m.breast*dome(r2)*(1+.25*soft_step(y-by, .15))
 
-# %% ../../nbs/01c_data.chest.ipynb #bd79edba
+# %% ../../nbs/01c_data.chest.ipynb #c214ae0b
 def _bones(c, m):
     "Collar bones, shoulder blades and upper arms; then the vessels of the lungs"
     (px,py),(dx,dy) = m.joint,m.arm
@@ -261,7 +261,7 @@ def _bones(c, m):
     bone = gaussian_filter(draw_strokes(c.size, lines, c.pose), .005*c.size)
     return .17*bone+.09*head+.13*ves*c.lung*(1-.5*c.q)
 
-# %% ../../nbs/01c_data.chest.ipynb #ead642b9
+# %% ../../nbs/01c_data.chest.ipynb #2ca8cf0e
 def _effusion(c, m, sev):
     "Fluid with a curved level on the side that the person's anatomy names; severe ones reach the other side"
     level = m.bot+.15-.10*sev-.42*sev**1.3-.24*c.q**3
@@ -276,7 +276,7 @@ def _opacity(c, m, sev):
         A = A+(.12+.20*sev)*np.exp(-1.3*w*w*((c.x-ox*m.cage)**2+(c.y-oy)**2))*c.lung*(1+2*c.tex)
     return A
 
-# %% ../../nbs/01c_data.chest.ipynb #998c48fc
+# %% ../../nbs/01c_data.chest.ipynb #b9ecd40c
 CHEST_FINDINGS = ('cardiomegaly', 'effusion', 'opacity')
 DEVICES = dict(A=dict(gamma=1., grain=.007, vignette=0.), B=dict(gamma=.85, grain=.013, vignette=.12),
                C=dict(gamma=1.2, grain=.020, vignette=.05))
@@ -304,7 +304,7 @@ def _film(A, c, rng, dev, blend=.85):
     v    = v+rng.standard_normal(v.shape, dtype=np.float32)*dev['grain']*(.5+.5*v)
     return v*(1-dev['vignette']*.5*(c.x*c.x+c.y*c.y))
 
-# %% ../../nbs/01c_data.chest.ipynb #804d7985
+# %% ../../nbs/01c_data.chest.ipynb #46915dd2
 def draw_chest(
     size:int,                   # Pixels per side, at least 16
     body:dict,                  # The person, from `chest_body`

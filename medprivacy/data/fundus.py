@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUNDUS_FINDINGS', 'FUNDUS_DEVICES', 'fundus_body', 'draw_spots', 'draw_fundus']
 
-# %% ../../nbs/01d_data.fundus.ipynb #e4716110
+# %% ../../nbs/01d_data.fundus.ipynb #535997d1
 import math
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ import numpy as np
 from ..core import ConfigError
 from .chest import body_grid, branch, bump, draw_strokes, random_pose, smooth_field, soft_step
 
-# %% ../../nbs/01d_data.fundus.ipynb #68b36205
+# %% ../../nbs/01d_data.fundus.ipynb #30c5fe51
 def _arcade(rng, up, height, width, level):
     "One temporal vessel as `(points, winding, width, level)` pieces that thin out, and its side branches"
     n    = 25
@@ -47,7 +47,7 @@ def fundus_body(
                 fine=rng.normal(size=(41,41)).astype(np.float32),
                 vessels=sorted(ves, key=lambda o: o[3]), lesions=np.abs(rng.normal(size=(120,4))))
 
-# %% ../../nbs/01d_data.fundus.ipynb #82d0a301
+# %% ../../nbs/01d_data.fundus.ipynb #0e1cd356
 def _measures(z, n, sex, age):
     "Lengths in units of the field's radius from the person's `z`, the picture's noise `n`, and the planted factors"
     m = SimpleNamespace(z=z, n=n, sex=sex, age=age)
@@ -69,7 +69,7 @@ def _vessels(c, m):
     lines = [((p+w*max(0, m.wind))*to+[0, m.disc_y], max(.005, k*m.calibre), v) for p,w,k,v in c.body['vessels']]
     return draw_strokes(c.size, lines, c.pose)
 
-# %% ../../nbs/01d_data.fundus.ipynb #99f7be2b
+# %% ../../nbs/01d_data.fundus.ipynb #f1454c08
 def _retina(c, m):
     "Reflected light of the background: pigment, choroid, fovea, sheen, illumination"
     z,x,y = m.z,c.x,c.y
@@ -90,7 +90,7 @@ def _disc(c, m):
     pale = soft_step(1.35+.12*m.age-np.hypot(dx+.22, dy), .25)*max(0, .35+.5*m.age+.15*m.z[11])
     return soft_step(1-r, max(.2, c.e/m.disc)), soft_step(1-cup, .35), pale
 
-# %% ../../nbs/01d_data.fundus.ipynb #e55da8d7
+# %% ../../nbs/01d_data.fundus.ipynb #33c9c238
 def draw_spots(
     size:int,             # Pixels per side
     xy:np.ndarray,        # Centres (n,2) in body coordinates
@@ -108,7 +108,7 @@ def draw_spots(
     ex,ey = (np.exp(-((g[None]-p[:,[i]])/w[:,[i]])**2) for i in (0, 1))
     return (1-np.exp(-(ey*fade[:,None]).T@ex)).astype(np.float32)
 
-# %% ../../nbs/01d_data.fundus.ipynb #32829e83
+# %% ../../nbs/01d_data.fundus.ipynb #d8905238
 FUNDUS_FINDINGS = ('microaneurysms', 'haemorrhages', 'exudates')
 
 def _places(seeds, near, far):
@@ -135,7 +135,7 @@ def _lesions(c, sev):
         out['exudates'] = draw_spots(c.size, at, .010+.011*np.minimum(s[60:60+n,3], 2), c.pose)
     return out
 
-# %% ../../nbs/01d_data.fundus.ipynb #485f8f97
+# %% ../../nbs/01d_data.fundus.ipynb #0e892986
 FUNDUS_DEVICES = dict(A=dict(gamma=1., grain=.008, vignette=.0, cut=1.10),
                       B=dict(gamma=.88, grain=.014, vignette=.10, cut=.84),
                       C=dict(gamma=1.15, grain=.020, vignette=.20, cut=1.10))
@@ -153,7 +153,7 @@ def _tone(v, inside, curve, rng, light, blend=1.):
     line = grey[0]+(grey[-1]-grey[0])*np.clip((v-edge[0])*(1/(edge[-1]-edge[0])), 0, 1)
     return (blend*np.interp(v, edge, np.interp(cdf, _RANKS, grey))+(1-blend)*line).astype(np.float32)
 
-# %% ../../nbs/01d_data.fundus.ipynb #76220c14
+# %% ../../nbs/01d_data.fundus.ipynb #dfa8806d
 def _colours(c, m, sev):
     "Light in red, green, blue (three arrays), before the camera"
     ves,(disc,cup,pale),(L,dark) = _vessels(c, m),_disc(c, m),_retina(c, m)

@@ -6,7 +6,7 @@
 __all__ = ['load_image', 'load_images', 'median_age', 'target_values', 'release_draws', 'RecordsDataset', 'RecordsDL',
            'records_dls']
 
-# %% ../../nbs/01b_data.load.ipynb #4f9eee4d
+# %% ../../nbs/01b_data.load.ipynb #aa2ae43d
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..core import ConfigError, DataError, pick_device
 from .core import Records
 
-# %% ../../nbs/01b_data.load.ipynb #bba5398e
+# %% ../../nbs/01b_data.load.ipynb #bdb33cd1
 _RESIZE = ('crop', 'pad', 'squash')
 _MODES  = {'L': 1, '1': 1, 'LA': 1, 'RGB': 3, 'RGBA': 3, 'P': 3}
 
@@ -34,7 +34,7 @@ def _fit(im, hw, resize):
     if resize == 'pad':  return ImageOps.pad(im, wh, Image.Resampling.BILINEAR)
     return im.resize(wh, Image.Resampling.BILINEAR, reducing_gap=2.)
 
-# %% ../../nbs/01b_data.load.ipynb #ef7c906d
+# %% ../../nbs/01b_data.load.ipynb #0bf04c62
 def load_image(
     path:str|Path,         # A PNG or JPEG file, 8 bits a channel
     size:int|tuple,        # Side, or (height, width), in pixels
@@ -46,18 +46,22 @@ def load_image(
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(path) as im:
-                if im.mode not in _MODES: raise DataError(f'{path} has mode {im.mode}; 8-bit grey or RGB is read here: convert it first')
-                if getattr(im, 'n_frames', 1) > 1: raise DataError(f'{path} holds {im.n_frames} frames; one image a file is expected')
+                if im.mode not in _MODES:
+                    raise DataError(f'{path} has mode {im.mode}; 8-bit grey or RGB is read here: convert it first')
+                if getattr(im, 'n_frames', 1) > 1:
+                    raise DataError(f'{path} holds {im.n_frames} frames; one image a file is expected')
                 c, hw = channels or _MODES[im.mode], _as_hw(size)
                 im.draft('L' if c == 1 else 'RGB', hw[::-1])
                 a = np.asarray(_fit(im.convert('L' if c == 1 else 'RGB'), hw, resize))
     except DataError: raise
     except FileNotFoundError as e: raise DataError(f'{path} does not exist') from e
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
-        raise DataError(f'{path} cannot be read as an image ({type(e).__name__}: {e}); replace the file or drop its row') from e
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombWarning,
+            Image.DecompressionBombError) as e:
+        raise DataError(f'{path} cannot be read as an image ({type(e).__name__}: {e}); replace the file or drop its '
+                        f'row') from e
     return a[None] if c == 1 else a.transpose(2, 0, 1)
 
-# %% ../../nbs/01b_data.load.ipynb #4e112fd5
+# %% ../../nbs/01b_data.load.ipynb #4ccf5a92
 def load_images(
     records:Records,       # The images
     size:int|tuple=64,     # Side, or (height, width), in pixels
@@ -79,7 +83,7 @@ def load_images(
     if bad: raise DataError(f'{len(bad)} of {len(files)} images cannot be read:\n' + '\n'.join(bad[:5]))
     return out
 
-# %% ../../nbs/01b_data.load.ipynb #e08e5108
+# %% ../../nbs/01b_data.load.ipynb #a54c8ad8
 def median_age(
     records:Records,    # With a split
 ) -> float:             # Years
@@ -88,7 +92,7 @@ def median_age(
     if not age.notna().any(): raise DataError(f'{records.name}: no training patient has an age, so there is no median')
     return float(age.median())
 
-# %% ../../nbs/01b_data.load.ipynb #7555bd3c
+# %% ../../nbs/01b_data.load.ipynb #90d45de8
 def target_values(
     records:Records,           # Rows
     target:str|tuple,          # 'labels', 'sex', 'age', 'age>median', a label column, or a list of label columns
@@ -104,15 +108,17 @@ def target_values(
         return np.where(df.age.isna(), np.nan, df.age > m).astype(float)[:,None]
     cols = [target] if isinstance(target, str) else list(target)
     gone = [c for c in cols if c not in records.labels]
-    if gone: raise ConfigError(f"unknown target {gone}; use 'labels', 'sex', 'age', 'age>median' or one of {list(records.labels)}")
+    if gone:
+        raise ConfigError(f"unknown target {gone}; use 'labels', 'sex', 'age', 'age>median' or one of "
+                          f"{list(records.labels)}")
     return df[cols].to_numpy(float)
 
-# %% ../../nbs/01b_data.load.ipynb #9912353f
+# %% ../../nbs/01b_data.load.ipynb #d207a105
 _MOST_BYTES = 4 * 2**30
 
 def release_draws(
     x:torch.Tensor,        # uint8 (N,C,H,W)
-    mechanism,             # (x float32 (B,C,H,W) in [0,1], cond (B,) float or None) → the same shape and range
+    mechanism:object,      # (x float32 (B,C,H,W) in [0,1], cond (B,) float or None) → the same shape and range
     cond:torch.Tensor,     # (N,) the attribute, NaN where unknown
     draws:int=1,           # Copies of each image, with fresh noise each
     *,
@@ -121,7 +127,8 @@ def release_draws(
 ) -> torch.Tensor:         # uint8 (N,draws,C,H,W)
     "Release every image `draws` times through `mechanism`"
     if draws < 1: raise ConfigError(f'draws must be at least 1, got {draws}')
-    if x.numel()*draws > _MOST_BYTES: raise ConfigError(f'{draws} copies of {len(x)} images need {x.numel()*draws/2**30:.1f} GB; use fewer draws')
+    if x.numel()*draws > _MOST_BYTES:
+        raise ConfigError(f'{draws} copies of {len(x)} images need {x.numel()*draws/2**30:.1f} GB; use fewer draws')
     dev, out = pick_device(device), torch.empty(len(x), draws, *x.shape[1:], dtype=torch.uint8)
     with torch.no_grad():
         for i in range(0, len(x), bs):
@@ -130,7 +137,7 @@ def release_draws(
                 out[i:i+bs,k] = mechanism(xb, cb).clamp(0, 1).mul(255).round().to('cpu', torch.uint8)
     return out
 
-# %% ../../nbs/01b_data.load.ipynb #800a9ade
+# %% ../../nbs/01b_data.load.ipynb #6cef5f06
 _INT_TARGETS = ('sex', 'age>median')
 
 class RecordsDataset:
@@ -151,15 +158,22 @@ class RecordsDataset:
     def __getitem__(self, i): return self.images(torch.tensor(i), 0), *(y[i] for y in self.ys)
 
 def _tensor_target(v, target):
-    if target in _INT_TARGETS: return torch.as_tensor(v[:,0]).long()
-    return torch.as_tensor(v[:,0] if target == 'age' else v).float()
+    v = torch.tensor(v if target not in (*_INT_TARGETS, 'age') else v[:,0])
+    return v.long() if target in _INT_TARGETS else v.float()
 
 def _unit_range(b): return b[0].float().div_(255), *b[1:]
 
-# %% ../../nbs/01b_data.load.ipynb #577d4c79
+# %% ../../nbs/01b_data.load.ipynb #6db5b536
 class RecordsDL(TfmdDL):
     "Batches of x float32 (B,C,H,W) in [0,1] and targets, gathered by index"
-    def __init__(self, dataset, bs=64, shuffle=False, batch_tfms=None, draw=None, **kwargs):
+    def __init__(self,
+        dataset:RecordsDataset,    # Decoded images and targets
+        bs:int=64,                 # Images a batch
+        shuffle:bool=False,        # Draw the rows in a new order each epoch
+        batch_tfms:object=None,    # Function of x (B,C,H,W) in [0,1]
+        draw:int=None,             # Which release of each image; None: one at random
+        **kwargs
+    ):
         kwargs.setdefault('num_workers', 0)
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
         self.batch_tfms, self.draw = batch_tfms, draw
@@ -175,13 +189,13 @@ class RecordsDL(TfmdDL):
         b = _unit_range(b)
         return b if self.batch_tfms is None else (self.batch_tfms(b[0]), *b[1:])
     def fetch(self,
-        idxs,    # Rows, in order; may be empty
-    ) -> tuple:  # The batch on the device
+        idxs:list,    # Rows, in order; may be empty
+    ) -> tuple:       # The batch on the device
         "The batch of these rows"
         b = self._gather(idxs)
         return self.after_batch(tuple(t.to(self.device) for t in b) if self.device is not None else b)
 
-# %% ../../nbs/01b_data.load.ipynb #9360977c
+# %% ../../nbs/01b_data.load.ipynb #9c18800f
 def _known(records, targets, median):
     "Rows with a known value for every target"
     keep = np.ones(len(records), bool)
@@ -191,31 +205,34 @@ def _known(records, targets, median):
 def _dl(records, targets, median, size, bs, channels, resize, mechanism, draws, train, batch_tfms, device):
     x = load_images(records, size, channels, resize)
     if mechanism is not None:
-        x = release_draws(x, mechanism, torch.as_tensor(target_values(records, 'sex')[:,0]).float(), draws, device=device)
+        x = release_draws(x, mechanism, torch.tensor(target_values(records, 'sex')[:,0]).float(), draws,
+                          device=device)
     ys = [_tensor_target(target_values(records, t, median), t) for t in targets]
-    return RecordsDL(RecordsDataset(x, ys, records), bs=bs if train else 2*bs, shuffle=train, drop_last=train and len(x) >= bs,
+    return RecordsDL(RecordsDataset(x, ys, records), bs=bs if train else 2*bs, shuffle=train,
+                     drop_last=train and len(x) >= bs,
                      draw=None if train else 0, batch_tfms=batch_tfms if train else None, device=device)
 
-# %% ../../nbs/01b_data.load.ipynb #eea40b80
+# %% ../../nbs/01b_data.load.ipynb #a7eda584
 def _check_split(records, targets, dropped):
     n = records.df.split.value_counts()
     for s in ('train', 'valid'):
-        if not n.get(s): raise DataError(f'{records.name}: split {s!r} is empty for target {targets} ({dropped} row(s) had none); '
+        if not n.get(s): raise DataError(f'{records.name}: split {s!r} is empty for target {targets} ({dropped} '
+                                         f'row(s) had none); '
                                          'change the split or the target')
 
-# %% ../../nbs/01b_data.load.ipynb #1214d498
+# %% ../../nbs/01b_data.load.ipynb #3c995482
 def records_dls(
     records:Records,               # With splits; a single part (defence or attack) is chosen by the caller
-    target:str|tuple=None,         # See `target_values`; a tuple gives several, e.g. ('sex', 'labels'); default: 'labels'
+    target:str|tuple=None,         # See `target_values`; a tuple gives several; default: 'labels'
     size:int|tuple=64,             # Side, or (height, width), in pixels
     bs:int=64,                     # Training batch; validation uses twice as many
     *,
     channels:int=None,             # 1 grey, 3 colour; None: as the first file
     resize:str='crop',             # 'crop', 'pad' or 'squash'
-    batch_tfms=None,               # Function of x (B,C,H,W) in [0,1], applied to training batches
+    batch_tfms:object=None,        # Function of x (B,C,H,W) in [0,1], applied to training batches
     device:str=None,               # None: the best that is present
     median:float=None,             # For 'age>median'; None: of the training patients
-    mechanism=None,                # Load released images: (x in [0,1], cond) → the same shape; cond is the sex, 1 = F
+    mechanism:object=None,         # Load released images: (x in [0,1], cond) → the same shape; cond is the sex, 1 = F
     draws:int=4,                   # Releases of each image, with fresh noise each
 ) -> DataLoaders:                  # train, valid and (as `.test`) test loaders
     "fastai `DataLoaders` of the splits of `records`"
@@ -224,14 +241,16 @@ def records_dls(
     if isinstance(target, list): targets = (target,)
     if 'age>median' in targets and median is None: median = median_age(records)
     keep = _known(records, targets, median)
-    if (~keep).any(): print(f'{records.name}: dropped {(~keep).sum()} of {len(keep)} images without {", ".join(map(str, targets))}')
+    if (~keep).any():
+        print(f'{records.name}: dropped {(~keep).sum()} of {len(keep)} images without {", ".join(map(str, targets))}')
     if records.df.split.isna().all(): raise DataError(f'{records.name}: no row has a split; call split_patients first')
     used = records.select(where=keep)
     _check_split(used, targets, int((~keep).sum()))
     if channels is None: channels = load_image(used.root/used.df.path.iloc[0], 8).shape[0]
     dev  = pick_device(device)
     args = (targets, median, size, bs, channels, resize, mechanism, draws)
-    dls  = DataLoaders(*[_dl(used.select(split=s), *args, s == 'train', batch_tfms, dev) for s in ('train', 'valid', 'test')], device=dev)
+    dls  = DataLoaders(*[_dl(used.select(split=s), *args, s == 'train', batch_tfms, dev)
+                         for s in ('train', 'valid', 'test')], device=dev)
     dls.test, dls.targets, dls.median_age = dls.loaders[2], targets, median
     dls.train_patients = dls.loaders[0].dataset.records.df.patient_id.to_numpy()
     return dls

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOBS', 'FINDINGS', 'PREVALENCE', 'draw_phantom', 'read_phantom', 'make_phantom', 'tiny_records', 'tiny_dls']
 
-# %% ../../nbs/02_data.phantom.ipynb #3b584e38
+# %% ../../nbs/02_data.phantom.ipynb #40af67ca
 import atexit
 import math
 import shutil
@@ -28,13 +28,13 @@ from .load import records_dls
 from .chest import CHEST_FINDINGS, DEVICES, chest_body, draw_chest
 from .fundus import FUNDUS_DEVICES, FUNDUS_FINDINGS, draw_fundus, fundus_body
 
-# %% ../../nbs/02_data.phantom.ipynb #dcf48e36
+# %% ../../nbs/02_data.phantom.ipynb #3105878c
 KNOBS    = ('disease', 'sex', 'age', 'identity', 'device')
 FINDINGS = {'cxr': CHEST_FINDINGS, 'fundus': FUNDUS_FINDINGS}
 PREVALENCE = .42
 _ARTISTS = {'cxr': (chest_body, draw_chest, DEVICES), 'fundus': (fundus_body, draw_fundus, FUNDUS_DEVICES)}
 
-# %% ../../nbs/02_data.phantom.ipynb #b5799a86
+# %% ../../nbs/02_data.phantom.ipynb #cc16ccd4
 def _check_knobs(modality, strength, labels):
     "Complete strengths and labels, or an error that names what is wrong"
     if modality not in FINDINGS: raise ConfigError(f'modality must be one of {sorted(FINDINGS)}, got {modality!r}')
@@ -49,7 +49,7 @@ def _check_knobs(modality, strength, labels):
         raise ConfigError(f'labels={got}: choose some of {list(FINDINGS[modality])}, each once')
     return full, got
 
-# %% ../../nbs/02_data.phantom.ipynb #7c52a6e3
+# %% ../../nbs/02_data.phantom.ipynb #d183a052
 def _column(name, z):
     "The numeric value of a factor as its latent normal says: sex 1 = F, age in years, device 0-2, finding 0/1"
     if name=='sex':    return (z>0)*1.
@@ -66,7 +66,7 @@ def _latent_corr(r, a, b, n=160):
     if abs(r)>abs(most): raise ConfigError(f'corr of {a!r} and {b!r} can be at most {most:.2f}, got {r}')
     return brentq(lambda rho: got(rho)-r, -.9991, .9991, xtol=1e-3) if r else 0.
 
-# %% ../../nbs/02_data.phantom.ipynb #1e306863
+# %% ../../nbs/02_data.phantom.ipynb #a6a3f34b
 def _mixing(corr, names, labels):
     "Matrix that turns independent normals into latents of `names` with the requested correlations"
     C = np.eye(len(names))
@@ -85,7 +85,7 @@ def _mixing(corr, names, labels):
         raise ConfigError(f'corr={corr} cannot all hold at once; ask for less, or for one label in place of disease')
     return np.linalg.cholesky(C) if low.min()>1e-6 else vec*np.sqrt(low.clip(0))
 
-# %% ../../nbs/02_data.phantom.ipynb #06d48208
+# %% ../../nbs/02_data.phantom.ipynb #b0d9419f
 def _plan(modality='cxr', seed=0, strength=None, corr=None, labels=None):
     "Checked settings of a phantom set"
     full,labels = _check_knobs(modality, strength, labels)
@@ -104,7 +104,7 @@ def _patient(plan, k):
     return dict(sex='MF'[int(v['sex'])], age=round(v['age'], 1), device='ABC'[int(v['device'])],
                 findings={l: .3+.7*float(u[l]) if v[l] else 0. for l in plan.labels})
 
-# %% ../../nbs/02_data.phantom.ipynb #2321df33
+# %% ../../nbs/02_data.phantom.ipynb #50d73d86
 def _blend(a, b, w, rng):
     "Anatomy `a` with weight `w`, `b` otherwise: arrays are mixed at equal variance, other things are picked"
     v = math.sqrt(1-w*w)
@@ -122,7 +122,7 @@ def _device(plan, name):
     devices,s = _ARTISTS[plan.modality][2],plan.strength['device']
     return {p: v+s*(devices[name][p]-v) for p,v in devices['A'].items()}
 
-# %% ../../nbs/02_data.phantom.ipynb #20873e11
+# %% ../../nbs/02_data.phantom.ipynb #ce708260
 def _draw(plan, k, image, size, who, body=None):
     "Draw one image of patient `k`, of whom `who` says sex, age, device and findings"
     s    = plan.strength
@@ -150,7 +150,7 @@ def draw_phantom(
     if odd: raise ConfigError(f'cannot change {sorted(odd)}; known: sex, age, device, findings')
     return _draw(plan, patient, image, size, _patient(plan, patient)|change)
 
-# %% ../../nbs/02_data.phantom.ipynb #22265047
+# %% ../../nbs/02_data.phantom.ipynb #c7168365
 def read_phantom(
     root:str|Path,     # Folder that `make_phantom` has written
 ) -> Records:          # Without a split
@@ -171,7 +171,7 @@ def _prepare(root):
     (root/'images').mkdir(parents=True, exist_ok=True)
     return root
 
-# %% ../../nbs/02_data.phantom.ipynb #0a889c00
+# %% ../../nbs/02_data.phantom.ipynb #e5883223
 def make_phantom(
     root:str|Path,               # New or empty folder
     modality:str='cxr',          # 'cxr' or 'fundus'
@@ -205,7 +205,7 @@ def make_phantom(
     pd.DataFrame(rows).to_csv(root/'labels.csv', index=False)
     return read_phantom(root)
 
-# %% ../../nbs/02_data.phantom.ipynb #1f2ebf09
+# %% ../../nbs/02_data.phantom.ipynb #618eaa50
 @delegates(make_phantom, but=['n_patients', 'root'])
 def tiny_records(
     n:int=24,              # Patients (with two images each unless `images_per_patient` says otherwise), at least 3
@@ -228,7 +228,7 @@ def tiny_records(
         if out.df.split.nunique()==3: return out
     raise ConfigError(f'fracs={fracs} leaves a split of {n} patients empty; ask for more patients')
 
-# %% ../../nbs/02_data.phantom.ipynb #458de3f1
+# %% ../../nbs/02_data.phantom.ipynb #06b2eb04
 @delegates(tiny_records, but=['attack'])
 def tiny_dls(
     n:int=24,                   # Patients, with two images each

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_disjoint', 'assign_parts', 'split_patients']
 
-# %% ../../nbs/01a_data.split.ipynb #1194578f
+# %% ../../nbs/01a_data.split.ipynb #4d198338
 import hashlib
 
 import numpy as np
@@ -14,13 +14,13 @@ import pandas as pd
 from ..core import ConfigError, DataError, LeakageError
 from .core import SPLITS, Records
 
-# %% ../../nbs/01a_data.split.ipynb #1642c504
+# %% ../../nbs/01a_data.split.ipynb #a4d22eaa
 def _hash_unit(ids, salt):
     "A number in [0,1) for each id, from SHA-256 of salt and id"
     h = [hashlib.sha256(f'{salt}:{i}'.encode()).digest()[:8] for i in ids]
     return np.array([int.from_bytes(b, 'big') / 2**64 for b in h])
 
-# %% ../../nbs/01a_data.split.ipynb #fa4a22f3
+# %% ../../nbs/01a_data.split.ipynb #1f4ddd5f
 def _balanced_unit(strata, seed):
     "A number in (0,1) for each patient: its place in a seeded shuffle of its stratum"
     rng, u = np.random.default_rng(seed), np.empty(len(strata))
@@ -28,7 +28,7 @@ def _balanced_unit(strata, seed):
         u[rng.permutation(np.asarray(idx))] = (np.arange(len(idx)) + rng.uniform()) / len(idx)
     return u
 
-# %% ../../nbs/01a_data.split.ipynb #ff69c5e8
+# %% ../../nbs/01a_data.split.ipynb #2883d411
 def _strata(records, stratify):
     "One text per patient: its most common value in each column of `stratify` (ages in bands of 20 years)"
     cols = [stratify] if isinstance(stratify, str) else list(stratify)
@@ -39,7 +39,7 @@ def _strata(records, stratify):
     txt = df[cols].astype(object).where(df[cols].notna(), '?').astype(str).agg('|'.join, axis=1)
     return txt.groupby(df.patient_id, sort=False).agg(lambda v: v.mode()[0])
 
-# %% ../../nbs/01a_data.split.ipynb #5ff95d1c
+# %% ../../nbs/01a_data.split.ipynb #94cba8b0
 def check_disjoint(
     *records:Records,     # One: its own splits and parts; several: against each other
 ) -> None:
@@ -48,14 +48,17 @@ def check_disjoint(
         df = records[0].df
         for c in ('split', 'part'):
             n = df[df[c].notna()].groupby('patient_id')[c].nunique()
-            if (n > 1).any(): raise LeakageError(f'{int((n > 1).sum())} patient(s) stand in two values of {c!r}; split again with split_patients')
+            if (n > 1).any():
+                raise LeakageError(f'{int((n > 1).sum())} patient(s) stand in two values of {c!r}; split again with '
+                                   f'split_patients')
     for i,a in enumerate(records):
         for b in records[i+1:]:
             both = set(a.df.patient_id) & set(b.df.patient_id)
-            if both: raise LeakageError(f'{len(both)} patient(s) stand in both {a.name or "records"} and {b.name or "records"}; '
+            if both: raise LeakageError(f'{len(both)} patient(s) stand in both {a.name or "records"} and '
+                                        f'{b.name or "records"}; '
                                         'split again with split_patients')
 
-# %% ../../nbs/01a_data.split.ipynb #a5679de6
+# %% ../../nbs/01a_data.split.ipynb #0e272f05
 def assign_parts(
     records:Records,       # With a split, own or official
     attack:float=.5,       # Share of the patients of each split that only attackers may use
@@ -73,7 +76,7 @@ def assign_parts(
     home = dict(zip(ids, np.where(u < attack, 'attack', 'defence')))
     return records.with_split(records.df.split, records.df.patient_id.map(home))
 
-# %% ../../nbs/01a_data.split.ipynb #00a665e6
+# %% ../../nbs/01a_data.split.ipynb #f17b9dd6
 def split_patients(
     records:Records,            # One row per image
     fracs:tuple=(.7,.1,.2),     # Shares of patients (not images) for train, valid, test; sum to 1
@@ -83,7 +86,8 @@ def split_patients(
     attack:float=.5,            # Share of patients kept for attackers (column `part`); 0: no parts
 ) -> Records:                   # The same rows with columns `split` and `part`
     "Put every patient, hence every image of that patient, in one split and one part"
-    if len(fracs) != 3 or not np.isclose(sum(fracs), 1) or min(fracs) < 0: raise ConfigError(f'fracs must sum to 1, got {fracs}')
+    if len(fracs) != 3 or not np.isclose(sum(fracs), 1) or min(fracs) < 0:
+        raise ConfigError(f'fracs must sum to 1, got {fracs}')
     ids  = pd.unique(records.df.patient_id)
     u    = _hash_unit(ids, seed) if stratify is None else _balanced_unit(_strata(records, stratify).reindex(ids), seed)
     home = dict(zip(ids, np.array(SPLITS)[np.searchsorted(np.cumsum(fracs)[:-1], u, side='right')]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCOUNTANTS', 'PrivacySpent', 'epsilon', 'noise_multiplier_for']
 
-# %% ../../nbs/40_dp.account.ipynb #dd0f0450
+# %% ../../nbs/40_dp.account.ipynb #640958b0
 import math, warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from opacus.accountants.analysis.prv import (DiscretePRV, Domain, PoissonSubsamp
 from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from ..core import ConfigError
 
-# %% ../../nbs/40_dp.account.ipynb #10936e30
+# %% ../../nbs/40_dp.account.ipynb #a47500c3
 @dataclass(frozen=True, repr=False)
 class PrivacySpent:
     "ε together with everything it depends on"
@@ -47,7 +47,7 @@ class PrivacySpent:
         void = '' if self.private else 'NOT PRIVATE (test mode, noise from a known seed): '
         return f'{void}ε = {self.eps:.4g} at δ = {self.delta:.3g} ({", ".join(how)})'
 
-# %% ../../nbs/40_dp.account.ipynb #302113dc
+# %% ../../nbs/40_dp.account.ipynb #818e654a
 def _gaussian_eps(mu, delta):
     "ε of a Gaussian mechanism with sensitivity over noise `mu`"
     if mu == 0: return 0.
@@ -59,7 +59,7 @@ def _gaussian_eps(mu, delta):
     hi = mu*mu/2 + mu*math.sqrt(2*math.log(1/delta)) + 1
     return brentq(excess, 0, hi, xtol=1e-12, rtol=1e-12)*(1+1e-9)
 
-# %% ../../nbs/40_dp.account.ipynb #d22a71ea
+# %% ../../nbs/40_dp.account.ipynb #8eaaf69e
 def _loss_density(noise, rate, width=40, n=2**14):
     "Privacy loss of one step on a grid of outcomes, and the log probability of each outcome"
     x    = np.linspace(-width*noise, 1+width*noise, n)
@@ -79,7 +79,7 @@ def _half_width(loss, logp, steps, tail):
         return best
     return max(bound(1), bound(-1))
 
-# %% ../../nbs/40_dp.account.ipynb #94f91170
+# %% ../../nbs/40_dp.account.ipynb #ff68bba7
 def _compose(noise, rate, steps, delta, mean, half, err):
     "Lower, middle and upper ε of `steps` steps with error `err`, on [-half,half]"
     d_err = delta/1000
@@ -106,7 +106,7 @@ def _prv_eps(noise, rate, steps, delta, rel=.003, max_points=2**22):
     except (RuntimeError, ValueError): return None   # δ below what floating point resolves
     return max(float(upper), 0.) if np.isfinite(upper) else None
 
-# %% ../../nbs/40_dp.account.ipynb #4483da8d
+# %% ../../nbs/40_dp.account.ipynb #8f6a49b7
 ACCOUNTANTS = ('prv', 'rdp', 'gdp')
 _ORDERS = sorted({1+x/10 for x in range(1,100)} | set(range(11,65)) |
                  {72,80,96,112,128,160,192,256,320,384,512,640,768,1024})
@@ -148,7 +148,7 @@ def epsilon(
     eps = _prv_eps(noise, rate, steps, delta)
     return _rdp_eps(noise, rate, steps, delta) if eps is None else eps
 
-# %% ../../nbs/40_dp.account.ipynb #46ae25d9
+# %% ../../nbs/40_dp.account.ipynb #bba12dfa
 def noise_multiplier_for(
     epsilon:float,            # Target ε, above 0
     *,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPCallback']
 
-# %% ../../nbs/41_dp.callback.ipynb #34f7dcfb
+# %% ../../nbs/41_dp.callback.ipynb #50ec40e7
 import secrets
 
 import numpy as np
@@ -25,7 +25,7 @@ from .account import ACCOUNTANTS, PrivacySpent, epsilon, noise_multiplier_for
 from .clip import check_model, clipped_batch
 from .sample import PoissonDL, PoissonSampler, fetch_rows, loader_bs, train_rows
 
-# %% ../../nbs/41_dp.callback.ipynb #0c9aa6a8
+# %% ../../nbs/41_dp.callback.ipynb #104b69cf
 def _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit, physical_bs, accountant, epochs):
     "Refuse settings that make no sense, before anything is built"
     if (target_epsilon is None) == (noise_multiplier is None):
@@ -42,7 +42,7 @@ def _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit
     if unit not in ('patient', 'image'): raise ConfigError(f"unit must be 'patient' or 'image', got {unit!r}")
     if accountant not in ACCOUNTANTS: raise ConfigError(f'accountant must be one of {ACCOUNTANTS}, got {accountant!r}')
 
-# %% ../../nbs/41_dp.callback.ipynb #fdff4cd9
+# %% ../../nbs/41_dp.callback.ipynb #38f0539f
 class DPCallback(Callback):
     "Settings, steps and noise of private training; added by `Learner.to_private`, reached as `learn.dp`"
     order = Recorder.order+1   # After Recorder has made its columns, before the progress bar is drawn
@@ -88,7 +88,7 @@ class DPCallback(Callback):
         if self._log_eps and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.spent.eps)
         self._log_eps = False
 
-# %% ../../nbs/41_dp.callback.ipynb #4a78f899
+# %% ../../nbs/41_dp.callback.ipynb #491f4a8d
 def _prepare(cb, dls):
     "Take units, rate and δ from the training loader"
     dl, n  = dls.train, train_rows(dls.train)
@@ -118,7 +118,7 @@ def _spent(cb):
                         steps=cb.steps_taken, sample_rate=cb.rate, noise_multiplier=cb._noise,
                         private=not cb._test_mode)
 
-# %% ../../nbs/41_dp.callback.ipynb #f6d20ade
+# %% ../../nbs/41_dp.callback.ipynb #c902ca08
 _CONFLICTS = [
     (LRFinder, BudgetError,
      'lr_find would train on the private images, and spend budget: search on a public learner with other images'),
@@ -173,7 +173,7 @@ def _add_column(cb):
     names.insert(len(names)-(names[-1]=='time'), 'epsilon')
     cb.recorder.metric_names = L(names)
 
-# %% ../../nbs/41_dp.callback.ipynb #b91c4522
+# %% ../../nbs/41_dp.callback.ipynb #41bc3212
 def _generator(cb, device):
     "Source of noise on `device`, seeded by the operating system"
     key = str(device)
@@ -218,7 +218,7 @@ class _Step:
         learn.opt.zero_grad()
         if not n: learn.yb = ()
 
-# %% ../../nbs/41_dp.callback.ipynb #bf461f49
+# %% ../../nbs/41_dp.callback.ipynb #cc599f5c
 def _convert(learn):
     "Replace layers that mix patients, saying so"
     try: return check_model(learn.model)

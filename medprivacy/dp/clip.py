@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClippedBatch', 'sample_losses', 'clipped_batch', 'clipped_gradient', 'check_model']
 
-# %% ../../nbs/40a_dp.clip.ipynb #17ff4826
+# %% ../../nbs/40a_dp.clip.ipynb #390837c7
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable
@@ -17,7 +17,7 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from ..core import ConfigError, UnsupportedUnderDP
 
-# %% ../../nbs/40a_dp.clip.ipynb #8e0ae604
+# %% ../../nbs/40a_dp.clip.ipynb #186d47f2
 _NOT_ZERO_PADDED = lambda m: getattr(m, 'padding_mode', 'zeros') != 'zeros'   # Opacus' rule pads with zeros only
 
 def _rule(module):
@@ -33,7 +33,7 @@ def _watched(module):
     if not _own_params(module) or _rule(module) is not ft_compute_per_sample_gradient:
         for m in module.children(): yield from _watched(m)
 
-# %% ../../nbs/40a_dp.clip.ipynb #5a2151c6
+# %% ../../nbs/40a_dp.clip.ipynb #b80aea1e
 def _prepare(module):
     try: prepare_layer(module)
     except NotImplementedError as e:
@@ -67,7 +67,7 @@ def _sample_grads(model, n):
         for h in handles: h.remove()
         for m in layers: m.__dict__.pop('ft_compute_sample_grad', None)
 
-# %% ../../nbs/40a_dp.clip.ipynb #34cb8a13
+# %% ../../nbs/40a_dp.clip.ipynb #23c1c519
 def _norms(grads):
     "Norm of each image's gradient over all parameters, (B,)"
     gs = list(grads)
@@ -85,7 +85,7 @@ def _clipped_sum(grads, max_grad_norm):
         return scale.to(g.dtype) @ g
     return {p: add(g).view(g.shape[1:]) for p,g in grads.items()}, norms
 
-# %% ../../nbs/40a_dp.clip.ipynb #26d94110
+# %% ../../nbs/40a_dp.clip.ipynb #12fcc0e1
 @dataclass(frozen=True)
 class ClippedBatch:
     "The clipped gradient of a batch and what a training loop shows of it"
@@ -112,7 +112,7 @@ def sample_losses(
         return loss.reshape(())
     return torch.stack([one(i) for i in range(len(yb[0]))])
 
-# %% ../../nbs/40a_dp.clip.ipynb #67c14976
+# %% ../../nbs/40a_dp.clip.ipynb #62956fe5
 def _piece(model, loss_func, xb, yb, max_grad_norm, check):
     "`ClippedBatch` of one physical batch"
     names = {p: n for n,p in model.named_parameters() if p.requires_grad}
@@ -135,7 +135,7 @@ def _same(a, b, tol=1e-2):
     err,size = (a-b).abs().max(), b.abs().max()
     return not (err.isfinite() and size.isfinite()) or err <= tol*size + 1e-5
 
-# %% ../../nbs/40a_dp.clip.ipynb #7c22c9bf
+# %% ../../nbs/40a_dp.clip.ipynb #92a6ac8b
 def clipped_batch(
     model:nn.Module,          # In the mode it is trained in
     loss_func:Callable,       # loss(pred, *targets) → one number
@@ -173,7 +173,7 @@ def clipped_gradient(
     o = clipped_batch(model, loss_func, as_tuple(x), as_tuple(y), max_grad_norm)
     return o.grads, o.norms
 
-# %% ../../nbs/40a_dp.clip.ipynb #dbe40dec
+# %% ../../nbs/40a_dp.clip.ipynb #3055c0c4
 def check_model(
     model:nn.Module,    # About to be trained privately
 ) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PoissonSampler', 'fetch_rows', 'PoissonDL', 'train_rows', 'loader_bs']
 
-# %% ../../nbs/40c_dp.sample.ipynb #17b729ea
+# %% ../../nbs/40c_dp.sample.ipynb #4508c707
 import numpy as np
 import pandas as pd
 import torch
@@ -15,7 +15,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import GetAttr
 from ..core import ConfigError
 
-# %% ../../nbs/40c_dp.sample.ipynb #1494a047
+# %% ../../nbs/40c_dp.sample.ipynb #41ff0676
 class PoissonSampler:
     "Draw rows: each unit with probability `rate`, one row of each drawn unit"
     def __init__(self,
@@ -45,7 +45,7 @@ class PoissonSampler:
         unit = np.flatnonzero(self.rng.random(self.n_units) < self.rate)
         return self.rows[self.starts[unit] + (self.rng.random(len(unit))*self.counts[unit]).astype(int)]
 
-# %% ../../nbs/40c_dp.sample.ipynb #2640fd0e
+# %% ../../nbs/40c_dp.sample.ipynb #58ff6a01
 def fetch_rows(
     dl:DataLoader,   # `RecordsDL`, fastai or torch data loader
     rows:np.ndarray, # Row numbers; may be empty
@@ -62,7 +62,7 @@ def fetch_rows(
 
 def _first_none(o): return type(o)(_first_none(v) for v in o) if isinstance(o, (tuple,list)) else o[:0]
 
-# %% ../../nbs/40c_dp.sample.ipynb #bc68b140
+# %% ../../nbs/40c_dp.sample.ipynb #9ea9c925
 class PoissonDL(GetAttr):
     "Stands in for a training loader during private training; everything but the draws is the loader's"
     _default = 'dl'

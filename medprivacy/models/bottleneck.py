@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bottleneck', 'add_code_noise']
 
-# %% ../../nbs/10a_models.bottleneck.ipynb #369adb4a
+# %% ../../nbs/10a_models.bottleneck.ipynb #fc1f6ac8
 import math
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/10a_models.bottleneck.ipynb #472c4d4c
+# %% ../../nbs/10a_models.bottleneck.ipynb #5c77c011
 def _norm(c): return nn.GroupNorm(math.gcd(8, c), c)
 
 def _down(c_in, c_out): return nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2, 1), _norm(c_out), nn.ReLU())
@@ -22,7 +22,7 @@ def _down(c_in, c_out): return nn.Sequential(nn.Conv2d(c_in, c_out, 3, 2, 1), _n
 def _up(c_in, c_out):
     return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_out, 3, 1, 1), _norm(c_out), nn.ReLU())
 
-# %% ../../nbs/10a_models.bottleneck.ipynb #1632a2f4
+# %% ../../nbs/10a_models.bottleneck.ipynb #a8d903e3
 class Bottleneck(nn.Module):
     "Redraw images from a noisy code of `code` numbers"
     def __init__(self,
@@ -33,21 +33,25 @@ class Bottleneck(nn.Module):
         width:int=16,          # Channels of the first layer
     ):
         super().__init__()
-        if num_channels < 1 or code < 1 or width < 1: raise ConfigError(f'num_channels, code and width must be positive, got {num_channels}, {code}, {width}')
+        if num_channels < 1 or code < 1 or width < 1:
+            raise ConfigError(f'num_channels, code and width must be positive, got {num_channels}, {code}, {width}')
         if size < 16 or size % 16: raise ConfigError(f'size must be a multiple of 16, got {size}')
         self.args = dict(num_channels=num_channels, size=size, code=code, width=width)
         self.size, w, s = size, width, size//16
-        self.encoder = nn.Sequential(_down(num_channels, w), _down(w, 2*w), _down(2*w, 4*w), _down(4*w, 4*w), nn.Flatten(),
+        self.encoder = nn.Sequential(_down(num_channels, w), _down(w, 2*w), _down(2*w, 4*w), _down(4*w, 4*w),
+                                     nn.Flatten(),
                                      nn.Dropout(.1), nn.Linear(4*w*s*s, code))
         self.start   = nn.Sequential(nn.Linear(code, 64*s*s), nn.Unflatten(1, (64, s, s)))
-        self.decoder = nn.Sequential(_up(64, 64), _up(64, 32), _up(32, 16), nn.Upsample(scale_factor=2, mode='bilinear'),
+        self.decoder = nn.Sequential(_up(64, 64), _up(64, 32), _up(32, 16),
+                                     nn.Upsample(scale_factor=2, mode='bilinear'),
                                      nn.Conv2d(16, num_channels, 3, 1, 1), nn.Sigmoid())
 
     def encode(self,
         x:torch.Tensor,    # (B,C,H,W) in [0,1]
     ) -> torch.Tensor:     # (B,code)
         "The code before noise"
-        if x.shape[-2:] != (self.size, self.size): x = F.interpolate(x, size=(self.size, self.size), mode='bilinear', antialias=True)
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, size=(self.size, self.size), mode='bilinear', antialias=True)
         return self.encoder(x)
 
     def draw(self,
@@ -61,12 +65,13 @@ class Bottleneck(nn.Module):
     def forward(self, x, generator=None):
         return self.draw(add_code_noise(self.encode(x), generator), tuple(x.shape[-2:]))
 
-# %% ../../nbs/10a_models.bottleneck.ipynb #9afdba69
+# %% ../../nbs/10a_models.bottleneck.ipynb #94cd739a
 def add_code_noise(
     mu:torch.Tensor,                     # (B,code)
     generator:torch.Generator=None,      # None: torch's own random state
     scale:float|torch.Tensor=1.,         # Standard deviation; the mean of r draws has 1/√r
 ) -> torch.Tensor:                       # (B,code)
     "Add the Gaussian noise of the channel"
-    n = torch.randn(mu.shape, generator=generator, device=generator.device if generator is not None else mu.device, dtype=mu.dtype)
+    n = torch.randn(mu.shape, generator=generator, device=generator.device if generator is not None else mu.device,
+                    dtype=mu.dtype)
     return mu + scale * n.to(mu.device)

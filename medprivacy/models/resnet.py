@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resnet9', 'SmallResNet', 'create_classifier', 'make_private_ready']
 
-# %% ../../nbs/11_models.resnet.ipynb #651655aa
+# %% ../../nbs/11_models.resnet.ipynb #9a6892c3
 import ast, copy, inspect, math, textwrap
 from collections import Counter
 from difflib import get_close_matches
@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from ..core import CheckpointError, ConfigError
 
-# %% ../../nbs/11_models.resnet.ipynb #5b1afe37
+# %% ../../nbs/11_models.resnet.ipynb #2e9e8c13
 class _Block(BasicBlock):
     "torchvision's basic block with the residual sum out of place"
     def forward(self, x):
@@ -39,7 +39,7 @@ def _replace(model, name, new):
     parent, _, leaf = name.rpartition('.')
     setattr(model.get_submodule(parent), leaf, new)
 
-# %% ../../nbs/11_models.resnet.ipynb #bda0e983
+# %% ../../nbs/11_models.resnet.ipynb #838d05f2
 def _set_in_channels(model, in_channels, keep=False):
     "Replace the first convolution by one for `in_channels`; `keep` carries its weights over"
     name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
@@ -62,7 +62,7 @@ def _fit_in_channels(w, in_channels):
     i = w.shape[1]
     return w.repeat(1, math.ceil(in_channels/i), 1, 1)[:, :in_channels] * (i/in_channels)
 
-# %% ../../nbs/11_models.resnet.ipynb #12dca42a
+# %% ../../nbs/11_models.resnet.ipynb #504f8e2e
 def resnet9(
     n_out:int,             # Number of logits
     act:str='mish',        # 'mish' (published) or 'relu'
@@ -76,14 +76,14 @@ def resnet9(
         if isinstance(m, nn.ReLU): _replace(model, name, _ACTS[act]())
     return _set_in_channels(model, in_channels)
 
-# %% ../../nbs/11_models.resnet.ipynb #e06cd494
+# %% ../../nbs/11_models.resnet.ipynb #7eb0a2af
 class SmallResNet(nn.Module):
     "A CIFAR-style ResNet with GroupNorm, fast on a CPU"
     def __init__(self,
         n_out:int,             # Number of logits
         in_channels:int=3,     # 1 for grey, 3 for colour
         *,
-        width:int=32,          # Channels of the first stage; doubled in each of the next three. A multiple of 8
+        width:int=16,          # Channels of the first stage; doubled in each of the next three. A multiple of 8
         blocks:tuple=(1,1,1,1),# Basic blocks of each stage
         stem_stride:int=2,     # 1 keeps the full resolution in the first stage: four times the work
         hidden:int=0,          # Width of the hidden layer of a projection head; 0: one linear layer
@@ -113,7 +113,7 @@ class SmallResNet(nn.Module):
 
     def forward(self, x): return self.fc(self.features(x).mean((-2, -1)))
 
-# %% ../../nbs/11_models.resnet.ipynb #291cdd44
+# %% ../../nbs/11_models.resnet.ipynb #d45483c9
 def _group_norm(c): return nn.GroupNorm(math.gcd(8, c), c)
 
 def _stage(c_in, c_out, n, stride, act):
@@ -126,7 +126,7 @@ def _stage(c_in, c_out, n, stride, act):
         return b
     return nn.Sequential(*[block(c_in if i == 0 else c_out, stride if i == 0 else 1) for i in range(n)])
 
-# %% ../../nbs/11_models.resnet.ipynb #044c8f11
+# %% ../../nbs/11_models.resnet.ipynb #8b49374f
 def _read_state(path):
     "State dict of a .safetensors, .pt or .pth file"
     path = Path(path)
@@ -143,7 +143,7 @@ def _read_state(path):
         raise CheckpointError(f'{path.name} holds no state_dict; save model.state_dict()')
     return {k.removeprefix('module.'): v for k, v in state.items()}
 
-# %% ../../nbs/11_models.resnet.ipynb #ea89b7ab
+# %% ../../nbs/11_models.resnet.ipynb #e5a1026b
 _AUX = ('aux1.', 'aux2.', 'AuxLogits.')     # side heads of GoogLeNet and Inception, which we do not build
 
 def _load_into(model, state, source):
@@ -163,7 +163,7 @@ def _load_into(model, state, source):
     model.load_state_dict(state, strict=False)
     return model
 
-# %% ../../nbs/11_models.resnet.ipynb #b86eb25c
+# %% ../../nbs/11_models.resnet.ipynb #679e9155
 def _tv_names(): return torchvision.models.list_models(module=torchvision.models)
 
 def _torchvision(arch, n_out, in_channels, pretrained):
@@ -181,7 +181,7 @@ def _timm(arch, n_out, in_channels, pretrained):
         raise ConfigError(f'unknown arch {arch!r}; {near}')
     return timm.create_model(arch, num_classes=n_out, in_chans=in_channels, pretrained=pretrained is True)
 
-# %% ../../nbs/11_models.resnet.ipynb #928e1390
+# %% ../../nbs/11_models.resnet.ipynb #0eb8ae50
 _OURS = {'resnet9': lambda n_out, c: resnet9(n_out, in_channels=c), 'small_resnet': SmallResNet}
 
 def create_classifier(
@@ -208,7 +208,7 @@ def create_classifier(
                                   "or use pretrained=False") from e
     return model if state is None else _load_into(model, state, str(pretrained))
 
-# %% ../../nbs/11_models.resnet.ipynb #bb654830
+# %% ../../nbs/11_models.resnet.ipynb #9cffc863
 class _OutOfPlace(ast.NodeTransformer):
     "Edit a syntax tree; `done` lists the statements that were changed"
     def __init__(self): self.done = []
@@ -237,7 +237,7 @@ def _out_of_place(func):
     new.__defaults__, new.__kwdefaults__ = func.__defaults__, func.__kwdefaults__
     return new, tuple(dict.fromkeys(edit.done))
 
-# %% ../../nbs/11_models.resnet.ipynb #8daf64ef
+# %% ../../nbs/11_models.resnet.ipynb #877e4246
 def _is_foreign(cls):
     "Is this code neither torch's nor ours, hence perhaps written with in-place sums?"
     return not (cls is object or cls.__module__.startswith(('torch.nn', 'torch.ao')) or cls.__module__ == __name__)
@@ -266,7 +266,7 @@ def _as_group_norm(bn):
     after = [o for o in after if not isinstance(o, nn.Identity)]
     return nn.Sequential(gn, *after) if after else gn
 
-# %% ../../nbs/11_models.resnet.ipynb #07fa7503
+# %% ../../nbs/11_models.resnet.ipynb #e09a193f
 def make_private_ready(
     model:nn.Module,    # Any classifier; left as it is
 ) -> tuple[nn.Module, list[str]]:    # A converted copy; what was changed, one line each (empty: nothing)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['limit_l1', 'dct2', 'idct2', 'Viewmaker']
 
-# %% ../../nbs/10_models.viewmaker.ipynb #9458077f
+# %% ../../nbs/10_models.viewmaker.ipynb #74bcd5bc
 import math
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/10_models.viewmaker.ipynb #8f4a7f93
+# %% ../../nbs/10_models.viewmaker.ipynb #0b7a3ec5
 class _Conv(nn.Module):
     "Reflection padding and a convolution, after nearest upsampling if `up` > 1"
     def __init__(self, c_in, c_out, k, stride=1, up=1):
@@ -27,7 +27,7 @@ class _Conv(nn.Module):
         if self.up > 1: x = F.interpolate(x, scale_factor=self.up, mode='nearest')
         return self.conv2d(F.pad(x, self.pad, mode='reflect'))
 
-# %% ../../nbs/10_models.viewmaker.ipynb #7af86e22
+# %% ../../nbs/10_models.viewmaker.ipynb #df44c063
 class _ResBlock(nn.Module):
     "Two convolutions with instance norm, plus the input; no activation after the sum"
     def __init__(self, c):
@@ -37,7 +37,7 @@ class _ResBlock(nn.Module):
 
     def forward(self, x): return x + self.in2(self.conv2(F.relu(self.in1(self.conv1(x)))))
 
-# %% ../../nbs/10_models.viewmaker.ipynb #c6303585
+# %% ../../nbs/10_models.viewmaker.ipynb #1c5eb184
 def limit_l1(
     y:torch.Tensor,    # (B,C,H,W), any range
     budget:float,      # Mean |Δ| per pixel of each image, in the units of the image
@@ -47,7 +47,7 @@ def limit_l1(
     t = torch.tanh(y)
     return t * budget / (t.abs().mean((1, 2, 3), keepdim=True) + eps)
 
-# %% ../../nbs/10_models.viewmaker.ipynb #ec62af10
+# %% ../../nbs/10_models.viewmaker.ipynb #5b5f9942
 @lru_cache(maxsize=32)
 def _dct_matrix(n, inverse, dtype, device):
     with torch.inference_mode(False):     # a matrix first made in inference mode could not be trained through later
@@ -64,7 +64,7 @@ def _transform(x, inverse):
         h, w = (_dct_matrix(n, inverse, x.dtype, x.device) for n in x.shape[-2:])
         return h @ x @ w.T
 
-# %% ../../nbs/10_models.viewmaker.ipynb #886dbf82
+# %% ../../nbs/10_models.viewmaker.ipynb #c2849061
 def dct2(
     x:torch.Tensor,    # (…,H,W)
 ) -> torch.Tensor:     # (…,H,W) coefficients, lowest frequency first
@@ -77,7 +77,7 @@ def idct2(
     "Invert `dct2`"
     return _transform(x, True)
 
-# %% ../../nbs/10_models.viewmaker.ipynb #e3942d22
+# %% ../../nbs/10_models.viewmaker.ipynb #27adedb4
 _ACTS = {'relu': nn.ReLU, 'leaky_relu': nn.LeakyReLU}
 
 def _scaled(c, width): return max(8, 8*round(c*width/8))
@@ -117,7 +117,7 @@ class Viewmaker(nn.Module):
         x = x + self.perturbation(x, generator)
         return x.clamp(0, 1) if self.clamp else x
 
-# %% ../../nbs/10_models.viewmaker.ipynb #c6f1dc4a
+# %% ../../nbs/10_models.viewmaker.ipynb #a429df5b
 def _check_options(num_channels, budget, activation, downsample_to, num_res_blocks, width):
     if num_channels < 1: raise ConfigError(f'num_channels must be at least 1, got {num_channels}')
     if not (0 <= budget < math.inf): raise ConfigError(f'distortion_budget must be 0 or more, got {budget}')
@@ -138,7 +138,7 @@ def _check_images(x, channels, downsample_to):
         raise ConfigError(f'height and width must be multiples of 4 from 8 on, got {h}×{w}; '
                           'resize, pad or set downsample_to')
 
-# %% ../../nbs/10_models.viewmaker.ipynb #da0d7058
+# %% ../../nbs/10_models.viewmaker.ipynb #8e9dc282
 def _with_noise(x, generator):
     "Append one channel of uniform noise"
     b, _, h, w = x.shape

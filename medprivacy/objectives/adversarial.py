@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTACKS', 'ObfuscationLoss', 'AdversarialSimCLRLoss', 'AdversarialNCELoss']
 
-# %% ../../nbs/22_objectives.adversarial.ipynb #9763c4a9
+# %% ../../nbs/22_objectives.adversarial.ipynb #10c7e6ec
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,7 +14,7 @@ from ..core import ConfigError
 from .contrast import MemoryBank, NCELoss, SimCLRLoss
 from .focal import FocalLoss, MultilabelFocalLoss
 
-# %% ../../nbs/22_objectives.adversarial.ipynb #3100dbac
+# %% ../../nbs/22_objectives.adversarial.ipynb #2fbc213e
 def _two_columns(logits):
     "Log-odds (B,) or (B,1) as logits (B,2); others unchanged"
     if logits.ndim == 2 and logits.shape[1] > 1: return logits
@@ -40,7 +40,7 @@ def _entropy(logits, y, attr_loss):
 
 ATTACKS = {'negative': _negative, 'confusion': _confusion, 'prior': _prior, 'entropy': _entropy}
 
-# %% ../../nbs/22_objectives.adversarial.ipynb #8620e68f
+# %% ../../nbs/22_objectives.adversarial.ipynb #17e61c38
 class ObfuscationLoss(nn.Module):
     "Loss of a viewmaker that hides an attribute and keeps the disease"
     def __init__(self,
@@ -77,7 +77,7 @@ class ObfuscationLoss(nn.Module):
     def forward(self, attr_logits, attr, disease_logits=None, disease=None):
         return sum(self.terms(attr_logits, attr, disease_logits, disease))
 
-# %% ../../nbs/22_objectives.adversarial.ipynb #24d98048
+# %% ../../nbs/22_objectives.adversarial.ipynb #2a74786b
 class AdversarialSimCLRLoss(SimCLRLoss):
     "SimCLR for the encoder, its negative for the viewmaker"
     def __init__(self,

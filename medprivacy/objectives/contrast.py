@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SimCLRLoss', 'MemoryBank', 'NCELoss']
 
-# %% ../../nbs/21_objectives.contrast.ipynb #f958047c
+# %% ../../nbs/21_objectives.contrast.ipynb #f7d62ee8
 import math
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/21_objectives.contrast.ipynb #414fca31
+# %% ../../nbs/21_objectives.contrast.ipynb #400eabd0
 def _unit(z): return F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=1)
 
 def _check_t(t):
@@ -38,7 +38,7 @@ class SimCLRLoss(nn.Module):
         push = (z1 @ torch.cat((z1, z2)).T / self.t).logsumexp(1) - math.log(2*len(z1))
         return push.mean() if self.push_only else (push - (z1*z2).sum(1)/self.t).mean()
 
-# %% ../../nbs/21_objectives.contrast.ipynb #1e608b55
+# %% ../../nbs/21_objectives.contrast.ipynb #0b316ccf
 class MemoryBank(nn.Module):
     "One unit vector for each of `size` samples"
     def __init__(self,
@@ -65,7 +65,7 @@ class MemoryBank(nn.Module):
         new = m*self.rows[indices] + (1-m)*_unit(z).to(self.rows.dtype)
         self.rows[indices] = F.normalize(new, dim=1)
 
-# %% ../../nbs/21_objectives.contrast.ipynb #fdfc1ddf
+# %% ../../nbs/21_objectives.contrast.ipynb #51e3aeda
 class NCELoss(nn.Module):
     "InfoNCE of embeddings (B,D) against the bank; call with (indices, z)"
     def __init__(self,

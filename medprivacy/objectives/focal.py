@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FocalLoss', 'MultilabelFocalLoss', 'masked_bce', 'MaskedBCE', 'class_weights']
 
-# %% ../../nbs/20_objectives.focal.ipynb #0a84732d
+# %% ../../nbs/20_objectives.focal.ipynb #a62c574d
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/20_objectives.focal.ipynb #0978f55f
+# %% ../../nbs/20_objectives.focal.ipynb #c2eeaf69
 def _factor(p, gamma, detach=False):
     "(1-p)^γ, with or without its gradient; `p` given as log-probability"
     q = (-torch.expm1(p.detach() if detach else p)).clamp_min(1e-14)
@@ -35,7 +35,7 @@ def _check_reduction(gamma, reduction):
         raise ConfigError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if not gamma >= 0: raise ConfigError(f'gamma must be 0 or more, got {gamma}')
 
-# %% ../../nbs/20_objectives.focal.ipynb #a3adb074
+# %% ../../nbs/20_objectives.focal.ipynb #b9280a88
 class FocalLoss(nn.Module):
     "Focal loss of logits (B,C) and classes (B,); negative or NaN classes are left out"
     def __init__(self,
@@ -64,7 +64,7 @@ class FocalLoss(nn.Module):
     def activation(self, x): return x.softmax(-1)
     def decodes(self, x): return x.argmax(-1)
 
-# %% ../../nbs/20_objectives.focal.ipynb #7c2ee789
+# %% ../../nbs/20_objectives.focal.ipynb #b6ba3332
 def _entries(logits, y):
     "Logits, targets and validity of equal shape (B,L)"
     if logits.numel() == y.numel() and (logits.ndim == 1 or logits.shape[1] == 1): y = y.reshape(logits.shape)
@@ -100,7 +100,7 @@ class MultilabelFocalLoss(nn.Module):
     def activation(self, x): return x.sigmoid()
     def decodes(self, x): return x > 0
 
-# %% ../../nbs/20_objectives.focal.ipynb #7c9eda83
+# %% ../../nbs/20_objectives.focal.ipynb #40b3f670
 def masked_bce(
     logits:torch.Tensor,              # (B,L) or (B,)
     y:torch.Tensor,                   # Same shape, 0/1 or soft; NaN or negative: unknown
@@ -127,7 +127,7 @@ class MaskedBCE(nn.Module):
     def activation(self, x): return x.sigmoid()
     def decodes(self, x): return x > 0
 
-# %% ../../nbs/20_objectives.focal.ipynb #2239352b
+# %% ../../nbs/20_objectives.focal.ipynb #7c8497a9
 def class_weights(
     y:torch.Tensor,        # Classes (n,), negative: unknown; or labels (n,L) in {0,1}, NaN: unknown
     n_classes:int=None,    # Number of classes; None: the largest seen plus one
