@@ -19,7 +19,8 @@ from .evaluate import metrics_table
 from .fairness import by_group
 from .obfuscate import Obfuscator
 from .report import report
-from .study import (attack_stage, demo_stages, headline, obfuscate_stage, picture_stage, study_records,
+from .study import (attack_stage, check_data, demo_stages, headline, obfuscate_stage, picture_stage,
+                              study_records,
                               train_stage, utility_stage)
 
 # %% ../nbs/70_cli.ipynb #9b2fa2b5
@@ -34,6 +35,10 @@ def _one_line_errors(f):
     return g
 
 def _items(text, kind=str): return [kind(t.strip()) for t in str(text).split(',') if t.strip()]
+
+def _enough(records, bs, least, steps):
+    "Epochs that make so many steps: a network trained on few images is not trained by few epochs"
+    return max(least, -(-steps*bs // max(1, len(records.select(split='train')))))
 
 def _show(df): print('\n' + df.to_string(index=False) + '\n')
 
@@ -52,6 +57,7 @@ def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality
 
 def _open(out, data, attribute, resume, overwrite) -> Run:
     if resume and not overwrite: return open_run(out)
+    if overwrite or not Path(out).exists(): check_data(data)
     return open_run(out, dict(data=data, attribute=attribute), overwrite=overwrite)
 
 # %% ../nbs/70_cli.ipynb #4c736d72
@@ -109,7 +115,7 @@ def medprivacy_obfuscate(
     attack:str='confusion',         # confusion, negative (published), prior or entropy
     weight:float=1.,                # Of the attack term
     budget:float=None,              # Viewmaker only: mean |Δ| per pixel
-    epochs:int=36,                  # Passes over the defence patients
+    epochs:int=None,                # Passes over the defence patients; default: 36, or as many as make 400 steps
     size:int=64,                    # Side of the images, pixels
     bs:int=64,                      # Batch
     seed:int=0,                     # Of split and training
@@ -119,12 +125,15 @@ def medprivacy_obfuscate(
     **kwargs
 ) -> None:
     "Train an obfuscator on the defence patients of a data set"
+    device = str(pick_device(device))
     run = _open(out, _data(size, seed, **kwargs), attribute, resume, overwrite)
+    recs   = study_records(run)
+    epochs = epochs or _enough(recs.select(part='defence'), bs, 36, 400)
     args = None if budget is None else dict(distortion_budget=budget)
     kw = dict(maker=maker, maker_args=args, attack=attack, weight=weight, epochs=epochs, size=size, bs=bs, seed=seed,
-              device=str(pick_device(device)))
+              device=device)
     add_config(run, 'obfuscate', kw)
-    recs = study_records(run); print(recs)
+    print(recs)
     obf = obfuscate_stage(run, recs, dict(kw, progress=sys.stdout.isatty()))
     picture_stage(run, recs, obf, size)
     print(f'obfuscator: {run.path/"model"}')
@@ -142,8 +151,8 @@ def medprivacy_attack(
     attribute:str='sex',            # What to attack: sex or age>median
     obfuscator:str=None,            # Folder of an obfuscator; default: model/ of the run, if there is one
     archs:str='small_resnet,resnet9',   # Fresh attackers, separated by commas
-    epochs:int=12,                  # At most, per attacker
-    utility_epochs:int=20,          # Of the disease classifiers
+    epochs:int=None,                # At most, per attacker; default: 12, or as many as make 300 steps
+    utility_epochs:int=None,        # Of the disease classifiers; default: 20, or as many as make 300 steps
     patience:int=None,              # Epochs without a better validation AUROC before an attacker stops
     draws:int=4,                    # Releases of each image
     size:int=64,                    # Side of the images, pixels
@@ -156,10 +165,13 @@ def medprivacy_attack(
     **kwargs
 ) -> None:
     "Attack raw and released images with fresh networks, with controls, and measure what the disease classifiers lose"
+    device = str(pick_device(device))
     run = _open(out, _data(size, seed, **kwargs), attribute, resume, overwrite)
-    kw = dict(epochs=epochs, draws=draws, size=size, bs=bs, seed=seed, device=str(pick_device(device)))
-    add_config(run, 'attack', dict(kw, archs=_items(archs), patience=patience, utility_epochs=utility_epochs))
     recs, obf = study_records(run), _obfuscator(run, obfuscator)
+    part = recs.select(part='attack')
+    epochs, utility_epochs = epochs or _enough(part, bs, 12, 300), utility_epochs or _enough(part, bs, 20, 300)
+    kw = dict(epochs=epochs, draws=draws, size=size, bs=bs, seed=seed, device=device)
+    add_config(run, 'attack', dict(kw, archs=_items(archs), patience=patience, utility_epochs=utility_epochs))
     kw    = dict(kw, progress=sys.stdout.isatty())
     table = attack_stage(run, recs, obf, tuple(_items(archs)), dict(kw, patience=patience), n_boot=n_boot)
     utility_stage(run, recs, obf, settings=dict(kw, epochs=utility_epochs), n_boot=n_boot)
@@ -178,7 +190,7 @@ def medprivacy_train(
     arch:str='small_resnet',        # small_resnet, resnet9, or any torchvision or timm name
     epochs:int=12,                  # Without privacy
     private_epochs:int=20,          # With privacy
-    private_bs:int=None,            # Expected batch with privacy; default: a fifth of the training patients, at most 128
+    private_bs:int=None,            # Expected batch with privacy; default: patients/5, at most 128
     size:int=64,                    # Side of the images, pixels
     bs:int=64,                      # Batch without privacy
     lr:float=4e-3,                  # Largest learning rate
@@ -190,10 +202,11 @@ def medprivacy_train(
     **kwargs
 ) -> None:
     "Train a disease classifier without and with differential privacy"
+    device = str(pick_device(device))
     run = _open(out, _data(size, seed, **kwargs), 'sex', resume, overwrite)
     kw = dict(arch=arch, size=size, bs=bs, private_bs=private_bs, epochs=epochs, private_epochs=private_epochs, lr=lr,
               max_grad_norm=max_grad_norm,
-              delta=delta, unit=unit, seed=seed, device=str(pick_device(device)))
+              delta=delta, unit=unit, seed=seed, device=device)
     eps = tuple(_items(epsilon, float))
     add_config(run, 'train', dict(kw, epsilon=list(eps)))
     use = train_stage(run, study_records(run), eps, **kw, n_boot=n_boot, progress=sys.stdout.isatty())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEX_CODES', 'clean_sex', 'as_text', 'clean_age']
 
-# %% ../../nbs/00a_data.clean.ipynb #c7b06f3a
+# %% ../../nbs/00a_data.clean.ipynb #849bb4f5
 import re
 
 import numpy as np
@@ -13,11 +13,11 @@ import pandas as pd
 
 from ..core import DataError
 
-# %% ../../nbs/00a_data.clean.ipynb #c2a49ba1
+# %% ../../nbs/00a_data.clean.ipynb #279db3d1
 SEX_CODES = {'m': 'M', 'male': 'M', 'f': 'F', 'female': 'F', 'unknown': None, 'u': None, 'o': None, 'other': None,
              '': None}
 
-# %% ../../nbs/00a_data.clean.ipynb #7194f0f9
+# %% ../../nbs/00a_data.clean.ipynb #40a7246f
 def clean_sex(
     col:pd.Series,       # As read
     codes:dict=None,     # Text of a code (case-insensitive) → 'M', 'F' or None; default: M, F, Male, Female, Unknown
@@ -39,7 +39,7 @@ def as_text(
     s = col.astype(object).where(col.notna(), '').astype(str).str.strip()
     return s.str.replace(r'^(-?\d+)\.0$', r'\1', regex=True)
 
-# %% ../../nbs/00a_data.clean.ipynb #a370826b
+# %% ../../nbs/00a_data.clean.ipynb #b32bbcce
 _DICOM_AGE = re.compile(r'^(\d{1,3})([YMWD])$')
 _TOPCODED  = re.compile(r'^(?:>=?\s*(\d+)|(\d+)\s*\+)$')
 _PER_YEAR  = {'Y': 1, 'M': 12, 'W': 365.25/7, 'D': 365.25}
@@ -51,7 +51,7 @@ def _age_years(text):
     try: return float(text), False
     except ValueError: return None, False
 
-# %% ../../nbs/00a_data.clean.ipynb #457b9a4b
+# %% ../../nbs/00a_data.clean.ipynb #ec5fc35c
 def clean_age(
     col:pd.Series,          # As read: numbers or text
     infants:bool=False,     # Keep ages of 0 and of less than a year
