@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import ConfigError, DataError, LeakageError
+from .core import ConfigError, DataError, LeakageError, seed_everything
 from .data.core import Predictions, Records, concat_predictions
 from .data.load import median_age, records_dls
 from .probe import train_probe
@@ -63,6 +63,7 @@ def attack_attribute(
     part   = _attack_part(records, obfuscator)
     median = median_age(part) if attribute == 'age>median' else None
     if shuffle: part = shuffle_attribute(part, attribute, seed)
+    seed_everything(seed)    # loaders draw the seed of their order when they are made, and releases are drawn here
     dls = records_dls(part, attribute, size, bs, mechanism=obfuscator, draws=draws, device=device, median=median)
     names = [a if list(archs).count(a) == 1 else f'{a}#{i}' for i,a in enumerate(archs)]
     out = [train_probe(part, attribute, a, size=size, epochs=epochs, bs=bs, lr=lr, patience=patience, seed=seed+i,

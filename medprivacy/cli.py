@@ -57,7 +57,7 @@ def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality
 
 def _open(out, data, attribute, resume, overwrite) -> Run:
     if resume and not overwrite: return open_run(out)
-    if overwrite or not Path(out).exists(): check_data(data)
+    check_data(data)
     return open_run(out, dict(data=data, attribute=attribute), overwrite=overwrite)
 
 # %% ../nbs/70_cli.ipynb #4c736d72

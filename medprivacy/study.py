@@ -116,6 +116,7 @@ def attack_stage(
 ) -> pd.DataFrame:           # condition, model, auroc, leakage, lo, hi, n, n_patients
     "Attack raw, released, noised and shuffled images; write `tables/attack.csv`, learning curves and summary"
     a, kw, tables, curves = run.config['attribute'], settings or {}, [], []
+    seed_everything(kw.get('seed', 0))
     noise = None if obfuscator is None else matched_noise(obfuscator, _sample_images(records, a, kw.get('size', 64)))
     for name,how in _conditions(obfuscator, noise).items():
         with stage(run, f'attack {a}: {name}'):
@@ -172,6 +173,7 @@ def utility_stage(
     if obfuscator is not None:
         with stage(run, 'disease classifier: retrained on released images, and raw classifier on released images'):
             keep = {k: v for k,v in kw.items() if k in ('size', 'bs', 'draws', 'device')}
+            seed_everything(kw.get('seed', 0))
             dls  = records_dls(part, mechanism=obfuscator, **keep)
             preds.append(train_probe(part, arch=arch, name='obfuscated', run=run.path.name, dls=dls, **kw).preds)
             preds.append(probe_predictions(raw.model, dls, raw.loss, raw.preds.labels, 'fixed raw classifier',
@@ -221,6 +223,7 @@ def train_stage(
     "Train a classifier without and with differential privacy; write their terms, predictions and metrics"
     if not len(epsilons) or min(epsilons) <= 0: raise ConfigError(f'epsilons must be positive numbers, got {epsilons}')
     kw, preds, rows = dict(mechanism=obfuscator, draws=draws, device=device), [], []
+    seed_everything(seed)    # loaders draw the seed of their order when they are made
     with stage(run, 'disease classifier: no privacy'):
         dls = records_dls(records, size=size, bs=bs, **kw)
         preds.append(probe_predictions(_fitted(dls, arch, lr, epochs, seed, None, progress).model, dls,
