@@ -56,9 +56,13 @@ def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality
                 name=root.name)
 
 def _open(out, data, attribute, resume, overwrite) -> Run:
-    if resume and not overwrite: return open_run(out)
+    if resume and not overwrite:
+        run = open_run(out)
+        if attribute not in (None, run.config.get('attribute')):
+            raise ConfigError(f"{out} is about {run.config.get('attribute')!r}, not {attribute!r}; use another folder")
+        return run
     check_data(data)
-    return open_run(out, dict(data=data, attribute=attribute), overwrite=overwrite)
+    return open_run(out, dict(data=data, attribute=attribute or 'sex'), overwrite=overwrite)
 
 # %% ../nbs/70_cli.ipynb #4c736d72
 def _data_args(
@@ -110,7 +114,7 @@ def medprivacy_demo(
 @delegates(_data_args)
 def medprivacy_obfuscate(
     out:str='runs/study',           # Run folder; the obfuscator goes to its folder model/
-    attribute:str='sex',            # What to hide: sex or age>median
+    attribute:str=None,             # What to hide: sex (default) or age>median
     maker:str='bottleneck',         # bottleneck, or viewmaker (the published network)
     attack:str='confusion',         # confusion, negative (published), prior or entropy
     weight:float=1.,                # Of the attack term
@@ -148,7 +152,7 @@ def _obfuscator(run, folder):
 @delegates(_data_args)
 def medprivacy_attack(
     out:str='runs/study',           # Run folder
-    attribute:str='sex',            # What to attack: sex or age>median
+    attribute:str=None,             # What to attack: sex or age>median; default: that of the run, or sex
     obfuscator:str=None,            # Folder of an obfuscator; default: model/ of the run, if there is one
     archs:str='small_resnet,resnet9',   # Fresh attackers, separated by commas
     epochs:int=None,                # At most, per attacker; default: 12, or as many as make 300 steps
@@ -203,7 +207,7 @@ def medprivacy_train(
 ) -> None:
     "Train a disease classifier without and with differential privacy"
     device = str(pick_device(device))
-    run = _open(out, _data(size, seed, **kwargs), 'sex', resume, overwrite)
+    run = _open(out, _data(size, seed, **kwargs), None, resume, overwrite)
     kw = dict(arch=arch, size=size, bs=bs, private_bs=private_bs, epochs=epochs, private_epochs=private_epochs, lr=lr,
               max_grad_norm=max_grad_norm,
               delta=delta, unit=unit, seed=seed, device=device)
