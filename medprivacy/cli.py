@@ -81,7 +81,7 @@ def _data_args(
 ) -> None: pass
 
 # %% ../nbs/70_cli.ipynb #f1b52300
-_DEMO = dict(obfuscate=dict(epochs=32), attack=dict(epochs=8, draws=4), utility=dict(epochs=20, draws=4),
+_DEMO = dict(obfuscate=dict(epochs=32), attack=dict(epochs=8, draws=4), utility=dict(epochs=16, draws=4),
              train=dict(epochs=12, private_epochs=12))
 _SMALL = dict(obfuscate=dict(epochs=2, bs=16), attack=dict(epochs=1, draws=2, bs=16),
               utility=dict(epochs=1, draws=2, bs=16), train=dict(epochs=1, private_epochs=1, bs=16, private_bs=16))
