@@ -43,27 +43,27 @@ class InPlace(nn.Module):
 
 def flat(m): return nn.Sequential(m, nn.Flatten())
 LAYERS = {
-    'linear': (nn.Linear(4,3), (4,)), 'linear over tokens': (flat(nn.Linear(4,3)), (5,4)), 'linear, in-place relu': (nn.Sequential(nn.Linear(4,3), nn.ReLU(True)), (4,)),
-    'conv1d': (flat(nn.Conv1d(4,6,3,stride=2,padding=1,groups=2)), (4,9)),
-    'conv2d': (flat(nn.Conv2d(4,6,3,stride=2,padding=1)), (4,8,8)), 'depthwise': (flat(nn.Conv2d(4,8,3,groups=4,dilation=2)), (4,9,8)),
-    'no bias': (flat(nn.Conv2d(4,6,1,bias=False)), (4,5,5)), 'same': (flat(nn.Conv2d(4,6,3,padding='same')), (4,6,6)),
-    'circular': (flat(nn.Conv2d(4,6,3,padding=1,padding_mode='circular')), (4,6,6)), 'reflect': (flat(nn.Conv2d(4,6,3,padding=1,padding_mode='reflect')), (4,6,6)),
-    'conv3d': (flat(nn.Conv3d(2,3,3,padding=1)), (2,4,4,4)), 'transposed': (flat(nn.ConvTranspose2d(4,3,3,stride=2)), (4,4,4)),
-    'group norm': (flat(nn.GroupNorm(2,4)), (4,5,5)), 'layer norm': (flat(nn.LayerNorm(4)), (3,4)), 'rms norm': (flat(nn.RMSNorm(4)), (3,4)),
-    'instance norm': (flat(nn.InstanceNorm2d(4, affine=True)), (4,5,5)), 'bare': (Bare(), (4,)), 'in place': (flat(InPlace()), (4,6,6)),
-    'weight norm off': (nn.Sequential(nn.Flatten(), nn.Linear(16,2), nn.Tanh(), nn.Linear(2,2)), (4,4))}
+    'linear': lambda: (nn.Linear(4,3), (4,)), 'linear over tokens': lambda: (flat(nn.Linear(4,3)), (5,4)), 'linear, in-place relu': lambda: (nn.Sequential(nn.Linear(4,3), nn.ReLU(True)), (4,)),
+    'conv1d': lambda: (flat(nn.Conv1d(4,6,3,stride=2,padding=1,groups=2)), (4,9)),
+    'conv2d': lambda: (flat(nn.Conv2d(4,6,3,stride=2,padding=1)), (4,8,8)), 'depthwise': lambda: (flat(nn.Conv2d(4,8,3,groups=4,dilation=2)), (4,9,8)),
+    'no bias': lambda: (flat(nn.Conv2d(4,6,1,bias=False)), (4,5,5)), 'same': lambda: (flat(nn.Conv2d(4,6,3,padding='same')), (4,6,6)),
+    'circular': lambda: (flat(nn.Conv2d(4,6,3,padding=1,padding_mode='circular')), (4,6,6)), 'reflect': lambda: (flat(nn.Conv2d(4,6,3,padding=1,padding_mode='reflect')), (4,6,6)),
+    'conv3d': lambda: (flat(nn.Conv3d(2,3,3,padding=1)), (2,4,4,4)), 'transposed': lambda: (flat(nn.ConvTranspose2d(4,3,3,stride=2)), (4,4,4)),
+    'group norm': lambda: (flat(nn.GroupNorm(2,4)), (4,5,5)), 'layer norm': lambda: (flat(nn.LayerNorm(4)), (3,4)), 'rms norm': lambda: (flat(nn.RMSNorm(4)), (3,4)),
+    'instance norm': lambda: (flat(nn.InstanceNorm2d(4, affine=True)), (4,5,5)), 'bare': lambda: (Bare(), (4,)), 'in place': lambda: (flat(InPlace()), (4,6,6)),
+    'weight norm off': lambda: (nn.Sequential(nn.Flatten(), nn.Linear(16,2), nn.Tanh(), nn.Linear(2,2)), (4,4))}
 
 @pytest.mark.parametrize('name', LAYERS)
 @pytest.mark.parametrize('n', [5, 1])
 def test_layers(name, n):
     torch.manual_seed(0)
-    layer, shape = LAYERS[name]
+    layer, shape = LAYERS[name]()   # built after seeding: else the test depends on what ran before it
     model = nn.Sequential(layer).double()
     x = torch.randn(n, *shape).double()
     y = torch.randn_like(model(x).detach())
     loss = lambda p,t: (p-t).pow(2).sum()
-    o = compare(model, loss, x, y, 1.)
-    assert (o.norms > 1).any()   # else nothing was clipped
+    o = compare(model, loss, x, y, .1)
+    assert (o.norms > .1).any()   # else nothing was clipped
 
 def test_embedding():
     torch.manual_seed(0)
