@@ -33,6 +33,7 @@ class Records:
     task: str = 'multilabel'       # 'multilabel' (each label 0/1/NaN) or 'multiclass' (one column of class numbers)
     name: str = ''                 # Of the data set
     patient_known: bool = True     # False: the set names no patients, and `patient_id` is the image id
+    soft: bool = False             # True: a multilabel value between 0 and 1 is a softened, uncertain label
 
     def __post_init__(self):
         df = self.df.reset_index(drop=True)
@@ -89,7 +90,7 @@ def _check_ids(df, name):
                         f'no ".."')
 
 # %% ../../nbs/01_data.core.ipynb #82925e60
-def _check_codes(df, labels, task, name):
+def _check_codes(df, labels, task, name, soft=False):
     if not labels: raise ConfigError(f'{name}: no label given; name at least one label column')
     gone = [l for l in labels if l not in df]
     if gone: raise DataError(f'{name}: missing label column(s) {gone}; found {sorted(df.columns)}')
@@ -97,7 +98,8 @@ def _check_codes(df, labels, task, name):
         y = df[l]
         if not y.notna().any():
             raise DataError(f'{name}: label {l!r} is empty: no row has a value; drop it from `labels`')
-        bad = y.notna() & ((y % 1 != 0) | (y < 0) if task == 'multiclass' else ~y.isin([0, 1]))
+        known = (y % 1 == 0) & (y >= 0) if task == 'multiclass' else y.between(0, 1) if soft else y.isin([0, 1])
+        bad   = y.notna() & ~known
         if bad.any(): raise DataError(f'{name}: label {l!r} holds {sorted(y[bad].unique())[:5]} in '
                                       f'{_name_rows(df, bad)}; '
                                       'labels are 1, 0 or blank (unknown): map other codes before reading')
@@ -139,7 +141,7 @@ def validate(self:Records,
     gone = [c for c in ('image_id', 'path', 'patient_id') if c not in self.df]
     if gone: raise DataError(f'{name}: missing column(s) {gone}; found {sorted(self.df.columns)}')
     if not len(self.df): raise DataError(f'{name}: the table has no rows')
-    _check_ids(self.df, name); _check_codes(self.df, self.labels, self.task, name)
+    _check_ids(self.df, name); _check_codes(self.df, self.labels, self.task, name, self.soft)
     if self.patient_known: _check_patients(self.df, name)
     if files: _check_files(self.df, self.root, name)
     return self
@@ -264,11 +266,12 @@ def make_predictions(
     task:str='multilabel',     # or 'multiclass'
     history:pd.DataFrame=None, # Learning curves
 ) -> Predictions:              # One row per image
-    "Join scores to the images they belong to"
+    "Join scores to the images they belong to; a softened label is no truth, so it is unknown here"
     y, score = np.asarray(y, float).reshape(len(records), -1), np.asarray(score, float).reshape(len(records), -1)
     names = [f'score_{labels[0]}_{k}' for k in range(score.shape[1])] if task == 'multiclass' else [f'score_{l}'
                                                                                                     for l in labels]
     if len(names) != score.shape[1]: raise ConfigError(f'{score.shape[1]} score columns for targets {list(labels)}')
+    if records.soft and set(labels) <= set(records.labels): y = np.where((y == 0) | (y == 1), y, np.nan)
     df = records.df[_ABOUT].reset_index(drop=True)
     df = pd.concat([df, pd.DataFrame(y, columns=[f'y_{l}' for l in labels]), pd.DataFrame(score, columns=names)],
                    axis=1)
