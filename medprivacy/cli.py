@@ -19,6 +19,7 @@ from .evaluate import metrics_table
 from .fairness import by_group
 from .obfuscate import Obfuscator
 from .report import report
+from .settings import check_epsilons, check_settings
 from .study import (attack_stage, check_data, demo_stages, headline, obfuscate_stage, picture_stage,
                               study_records,
                               train_stage, utility_stage)
@@ -34,7 +35,7 @@ def _one_line_errors(f):
             raise SystemExit(2) from None
     return g
 
-def _items(text, kind=str): return [kind(t.strip()) for t in str(text).split(',') if t.strip()]
+def _items(text): return [t.strip() for t in str(text).split(',') if t.strip()]
 
 def _enough(records, bs, least, steps):
     "Epochs that make so many steps: a network trained on few images is not trained by few epochs"
@@ -45,6 +46,7 @@ def _show(df): print('\n' + df.to_string(index=False) + '\n')
 # %% ../nbs/70_cli.ipynb #c93dc727
 def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality='cxr', **cols):
     "The section `data` of a run: a table if there is one, else phantoms"
+    check_settings(size=size, seed=seed, n_patients=n_patients, modality=modality)
     if csv is None:
         return dict(phantom=True, modality=modality, n_patients=n_patients, size=size, seed=seed,
                     name=f'{modality} phantoms')
@@ -102,6 +104,7 @@ def medprivacy_demo(
 ) -> None:
     "Run the whole pipeline on phantoms: obfuscate, attack, classify, train privately, report"
     pick_device(device)
+    check_settings(modality=modality, seed=seed)
     n, size, boot = (60, 32, 200) if small else (1000, 64, 1000)
     data = dict(phantom=True, modality=modality, n_patients=n, size=size, seed=seed, name=f'{modality} phantoms')
     run  = open_run(out, dict(data=data, attribute='sex', **_demo_plan(small, seed, device, size)), overwrite=overwrite)
@@ -130,6 +133,7 @@ def medprivacy_obfuscate(
 ) -> None:
     "Train an obfuscator on the defence patients of a data set"
     device = str(pick_device(device))
+    check_settings(attribute=attribute, maker=maker, attack=attack, weight=weight, budget=budget, epochs=epochs, bs=bs)
     run = _open(out, _data(size, seed, **kwargs), attribute, resume, overwrite)
     recs   = study_records(run)
     epochs = epochs or _enough(recs.select(part='defence'), bs, 36, 400)
@@ -170,6 +174,8 @@ def medprivacy_attack(
 ) -> None:
     "Attack raw and released images with fresh networks, with controls, and measure what the disease classifiers lose"
     device = str(pick_device(device))
+    check_settings(attribute=attribute, archs=_items(archs), epochs=epochs, utility_epochs=utility_epochs,
+                   patience=patience, draws=draws, bs=bs, n_boot=n_boot)
     run = _open(out, _data(size, seed, **kwargs), attribute, resume, overwrite)
     recs, obf = study_records(run), _obfuscator(run, obfuscator)
     part = recs.select(part='attack')
@@ -207,11 +213,13 @@ def medprivacy_train(
 ) -> None:
     "Train a disease classifier without and with differential privacy"
     device = str(pick_device(device))
+    eps = check_epsilons(epsilon)
+    check_settings(delta=delta, max_grad_norm=max_grad_norm, unit=unit, arch=arch, epochs=epochs, lr=lr, bs=bs,
+                   private_epochs=private_epochs, private_bs=private_bs, n_boot=n_boot)
     run = _open(out, _data(size, seed, **kwargs), None, resume, overwrite)
     kw = dict(arch=arch, size=size, bs=bs, private_bs=private_bs, epochs=epochs, private_epochs=private_epochs, lr=lr,
               max_grad_norm=max_grad_norm,
               delta=delta, unit=unit, seed=seed, device=device)
-    eps = tuple(_items(epsilon, float))
     add_config(run, 'train', dict(kw, epsilon=list(eps)))
     use = train_stage(run, study_records(run), eps, **kw, n_boot=n_boot, progress=sys.stdout.isatty())
     _show(use.loc[use.label == 'macro', ['condition', 'auroc', 'auroc_lo', 'auroc_hi', 'n', 'n_patients']].round(3))

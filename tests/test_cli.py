@@ -128,7 +128,11 @@ def test_error_in_a_process(table, tmp_path):
 @pytest.mark.parametrize('command,args,words', [
     ('attack', dict(csv='gone.csv', labels='y'), 'gone.csv'), ('attack', dict(csv='gone.csv'), '--labels'), ('attack', dict(resume=True), 'no run folder'),
     ('train', dict(device='tpu9'), 'tpu9'), ('evaluate', {}, '--predictions'), ('evaluate', dict(predictions='gone.csv'), 'gone.csv'),
-    ('report', dict(run='gone'), 'gone'), ('demo', dict(device='tpu9'), 'tpu9')])
+    ('report', dict(run='gone'), 'gone'), ('demo', dict(device='tpu9'), 'tpu9'), ('demo', dict(modality='mri'), '--modality'),
+    ('obfuscate', dict(maker='gan'), '--maker'), ('obfuscate', dict(attack='gan'), '--attack'), ('obfuscate', dict(epochs=0), '--epochs'),
+    ('obfuscate', dict(attribute='race'), '--attribute'), ('obfuscate', dict(budget=.1, maker='bottleneck'), '--budget'), ('obfuscate', dict(size=4), '--size'),
+    ('attack', dict(archs='resnet19'), 'resnet18'), ('attack', dict(draws=0), '--draws'), ('attack', dict(archs=','), '--archs'),
+    ('train', dict(epsilon='eight'), '--epsilon'), ('train', dict(delta=2.), '--delta'), ('train', dict(unit='eye'), '--unit'), ('train', dict(lr=-1.), '--lr')])
 def test_settings_that_cannot_work(command, args, words, tmp_path, capsys, monkeypatch):
     "One line each, and no folder left behind"
     monkeypatch.chdir(tmp_path)
