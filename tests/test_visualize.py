@@ -160,6 +160,18 @@ def test_head_counts():
     assert t.n_patients.sum() == df.patient_id.nunique() and t.n_images.sum() == len(df)
     assert 'patient_id' not in t and {'unknown'} <= set(t.sex) and 'unknown' in set(t.age_band)
     one = df.assign(age=39.99, sex='F', split='train')
-    assert count_people(one).age_band.tolist() == ['20-39']
+    assert count_people(one).age_band.tolist() == ['[30,60)']
     from_table, from_records = plot_demographics(t), plot_demographics(df)
-    for a,b in zip(from_table, from_records): assert [p.get_height() for p in a.patches] == [p.get_height() for p in b.patches]
+    for a,b in zip(from_table, from_records): assert [p.get_width() for p in a.patches] == [p.get_width() for p in b.patches]
+
+def test_everybody_is_drawn_once():
+    "Shares of each split add up to 100, its counts to its patients, with unknown sex, age and split"
+    df  = people(); t = count_people(df)
+    axs = plot_demographics(df)
+    assert [a.get_title() for a in axs] == [f'{s}: {n} patients' for s,n in t.groupby('split', sort=False).n_patients.sum().items()]
+    for a in axs: assert np.isclose(sum(p.get_width() for p in a.patches), 100)
+    assert sum(int(x.get_text()) for a in axs for x in a.texts) == df.patient_id.nunique()
+    assert [l.get_text() for l in axs[0].get_yticklabels()] == ['under 30', '30–59', '60–69', '70–79', '80 or more', 'unknown']
+    nobody = df.assign(sex=None, age=np.nan, split=None)
+    ax, = plot_demographics(nobody)
+    assert ax.get_title() == 'no split: 60 patients' and [p.get_width() for p in ax.patches] == [100]
