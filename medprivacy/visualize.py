@@ -276,7 +276,8 @@ def _stack(ax, people, sexes, bands):
         end = end + 100*here/max(n, 1)
     for i,b in enumerate(bands):
         ax.text(end[i]+1, i, f'{people.n_patients[people.age_band == b].sum():.0f}', va='center', fontsize=8)
-    ax.set_title(f'{people.split.iloc[0]}: {n:.0f} patients'.replace('none:', 'no split:')); ax.set_xlabel('% of these patients')
+    split = {'none': 'no split'}.get(people.split.iloc[0], people.split.iloc[0])
+    ax.set_title(f'{split}: {n:.0f} patients'); ax.set_xlabel('% of these patients')
     ax.tick_params(axis='y', length=0); ax.grid(axis='x'); ax.margins(x=.16)
 
 @rc_context(STYLE)
