@@ -6,9 +6,8 @@
 __all__ = ['load_image', 'load_images', 'median_age', 'target_values', 'release_draws', 'RecordsDataset', 'RecordsDL',
            'records_dls']
 
-# %% ../../nbs/01b_data.load.ipynb #aa2ae43d
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+# %% ../../nbs/01b_data.load.ipynb #2e8b1994
+import os, warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,13 @@ import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastcore.basics import chunked
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import get_worker_info
 
-from ..core import ConfigError, DataError, pick_device
+from ..core import ConfigError, DataError, atomic_write, pick_device
+from .cache import PixelCache, decode_into
 from .core import Records
 
-# %% ../../nbs/01b_data.load.ipynb #bdb33cd1
+# %% ../../nbs/01b_data.load.ipynb #e0a07a59
 _RESIZE = ('crop', 'pad', 'squash')
 _MODES  = {'L': 1, '1': 1, 'LA': 1, 'RGB': 3, 'RGBA': 3, 'P': 3}
 
@@ -34,7 +35,7 @@ def _fit(im, hw, resize):
     if resize == 'pad':  return ImageOps.pad(im, wh, Image.Resampling.BILINEAR)
     return im.resize(wh, Image.Resampling.BILINEAR, reducing_gap=2.)
 
-# %% ../../nbs/01b_data.load.ipynb #0bf04c62
+# %% ../../nbs/01b_data.load.ipynb #4776839a
 def load_image(
     path:str|Path,         # A PNG or JPEG file, 8 bits a channel
     size:int|tuple,        # Side, or (height, width), in pixels
@@ -61,29 +62,78 @@ def load_image(
                         f'row') from e
     return a[None] if c == 1 else a.transpose(2, 0, 1)
 
-# %% ../../nbs/01b_data.load.ipynb #4ccf5a92
-def load_images(
-    records:Records,       # The images
-    size:int|tuple=64,     # Side, or (height, width), in pixels
-    channels:int=None,     # 1 grey, 3 colour; None: as the first file
-    resize:str='crop',     # 'crop', 'pad' or 'squash'
-) -> torch.Tensor:         # uint8 (N,C,H,W), in the order of the rows
-    "Decode every image of `records` into memory"
+# %% ../../nbs/01b_data.load.ipynb #5dace3db
+def _check_settings(records, size, channels, resize):
     if resize not in _RESIZE: raise ConfigError(f'resize must be one of {_RESIZE}, got {resize!r}')
     if channels not in (None, 1, 3): raise ConfigError(f'channels must be 1, 3 or None, got {channels!r}')
     if min(_as_hw(size)) < 1: raise ConfigError(f'size must be positive, got {size}')
-    files = [records.root/p for p in records.df.path]
-    if not files: return torch.empty(0, channels or 1, *_as_hw(size), dtype=torch.uint8)
-    channels = channels or load_image(files[0], 8).shape[0]
-    out = torch.empty(len(files), channels, *_as_hw(size), dtype=torch.uint8)
-    def one(i):
-        try: out[i] = torch.from_numpy(np.array(load_image(files[i], size, channels, resize)))
-        except DataError as e: return str(e)
-    with ThreadPoolExecutor() as pool: bad = [e for e in pool.map(one, range(len(files))) if e]
-    if bad: raise DataError(f'{len(bad)} of {len(files)} images cannot be read:\n' + '\n'.join(bad[:5]))
-    return out
+    out = [p for p in records.df.path if os.path.isabs(p) or '..' in p.split('/')]
+    if out: raise DataError(f'{records.name}: {len(out)} path(s) leave the root folder, e.g. {out[0]!r}; paths are '
+                            f'relative and hold no ".."')
 
-# %% ../../nbs/01b_data.load.ipynb #a54c8ad8
+def _channels_of(records, most=100):
+    "1 or 3, as the first image that can be read"
+    why = []
+    for p in dict.fromkeys(records.df.path):
+        try: return load_image(records.root/p, 8).shape[0]
+        except DataError as e: why.append(str(e))
+        if len(why) == most: break
+    raise DataError(f'none of the first {len(why)} of {len(records)} images can be read:\n' + '\n'.join(why[:5]))
+
+# %% ../../nbs/01b_data.load.ipynb #8b596830
+def _decode_all(records, size, channels, resize, cache, verify):
+    "Decoded images (M,C,H,W), the row (N,) of each record in them, -1 where it cannot be read, and path → reason"
+    paths, shape = list(records.df.path), (channels, *_as_hw(size))
+    def decode(path): return load_image(path, size, channels, resize)
+    if cache is not None:
+        store = PixelCache(cache, records.root, shape, resize, verify=verify)
+        rows, bad = store.rows(paths, decode)
+        return store.pixels, torch.from_numpy(rows), bad
+    at = {p: i for i,p in enumerate(dict.fromkeys(paths))}
+    x, files = torch.empty(len(at), *shape, dtype=torch.uint8), list(at)
+    bad = {files[i]: why for i,why in decode_into(x.numpy(), records.root, files, decode).items()}
+    return x, torch.tensor([-1 if p in bad else at[p] for p in paths], dtype=torch.long), bad
+
+# %% ../../nbs/01b_data.load.ipynb #644711ef
+def load_images(
+    records:Records,          # The images
+    size:int|tuple=64,        # Side, or (height, width), in pixels
+    channels:int=None,        # 1 grey, 3 colour; None: as the first file
+    resize:str='crop',        # 'crop', 'pad' or 'squash'
+    *,
+    cache:str|Path=None,      # Folder for decoded images; None: decode into memory
+    verify:bool=True,         # Check the cached bytes that are used
+) -> torch.Tensor:            # uint8 (N,C,H,W), in the order of the rows
+    "Decode every image of `records` into memory"
+    _check_settings(records, size, channels, resize)
+    if not len(records): return torch.empty(0, channels or 1, *_as_hw(size), dtype=torch.uint8)
+    x, rows, bad = _decode_all(records, size, channels or _channels_of(records), resize, cache, verify)
+    _raise_bad(records, bad, rows)
+    return x.index_select(0, rows)
+
+def _raise_bad(records, bad, rows, why=''):
+    if bad: raise DataError(f'{int((rows < 0).sum())} of {len(records)} images cannot be read{why}:\n' +
+                            '\n'.join(list(bad.values())[:5]))
+
+# %% ../../nbs/01b_data.load.ipynb #342654c8
+def _check_policy(unreadable, quarantine):
+    if unreadable not in ('raise', 'quarantine'):
+        raise ConfigError(f"unreadable must be 'raise' or 'quarantine', got {unreadable!r}")
+    if unreadable == 'quarantine' and quarantine is None:
+        raise ConfigError("unreadable='quarantine' needs quarantine=, the CSV file for the list of such images")
+
+def _readable(records, rows, bad, unreadable, quarantine):
+    "The rows whose images can be read"
+    if unreadable == 'raise': _raise_bad(records, bad, rows)
+    else:
+        df   = records.df.loc[(rows < 0).numpy(), ['image_id', 'path']]
+        atomic_write(quarantine, df.assign(reason=[bad[p] for p in df.path]).to_csv(index=False))
+        if 2*len(df) > len(records): _raise_bad(records, bad, rows, f', more than half (listed in {quarantine})')
+        if len(df): print(f'{records.name}: {len(df)} of {len(records)} images cannot be read and are left out; '
+                          f'listed in {Path(quarantine).name}')
+    return records.select(where=(rows >= 0).numpy()), rows[rows >= 0]
+
+# %% ../../nbs/01b_data.load.ipynb #77da113a
 def median_age(
     records:Records,    # With a split
 ) -> float:             # Years
@@ -92,7 +142,7 @@ def median_age(
     if not age.notna().any(): raise DataError(f'{records.name}: no training patient has an age, so there is no median')
     return float(age.median())
 
-# %% ../../nbs/01b_data.load.ipynb #90d45de8
+# %% ../../nbs/01b_data.load.ipynb #229726a2
 def target_values(
     records:Records,           # Rows
     target:str|tuple,          # 'labels', 'sex', 'age', 'age>median', a label column, or a list of label columns
@@ -113,7 +163,7 @@ def target_values(
                           f"{list(records.labels)}")
     return df[cols].to_numpy(float)
 
-# %% ../../nbs/01b_data.load.ipynb #d207a105
+# %% ../../nbs/01b_data.load.ipynb #20bd2075
 _MOST_BYTES = 4 * 2**30
 
 def release_draws(
@@ -137,82 +187,115 @@ def release_draws(
                 out[i:i+bs,k] = mechanism(xb, cb).clamp(0, 1).mul(255).round().to('cpu', torch.uint8)
     return out
 
-# %% ../../nbs/01b_data.load.ipynb #6cef5f06
+# %% ../../nbs/01b_data.load.ipynb #25d3d2e3
 _INT_TARGETS = ('sex', 'age>median')
+_CHUNK_BYTES = 3 * 2**19    # Of float32: what stays in a core's own cache between the passes over it
+
+class _Rows:
+    "Some rows of a tensor, copied only when indexed"
+    def __init__(self, store, rows):
+        self.store, self.rows = store, rows
+        self.shape, self.dtype, self.ndim = torch.Size([len(rows), *store.shape[1:]]), store.dtype, store.ndim
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.store[self.rows[i]]
 
 class RecordsDataset:
     "Decoded images and targets, indexed by row"
     n_inp = 1
     def __init__(self,
-        x:torch.Tensor,      # uint8 (N,C,H,W), or (N,draws,C,H,W)
-        ys:tuple,            # Tensors (N,) or (N,L)
-        records:Records,     # The same rows
+        store:torch.Tensor,          # uint8 (M,C,H,W), or (M,draws,C,H,W); may be mapped, and hold images of others
+        ys:tuple,                    # Tensors (N,) or (N,L)
+        records:Records,             # N rows
+        rows:torch.Tensor=None,      # (N,) int64: where in `store` the image of each row is; None: in order
     ):
-        self.x, self.ys, self.records = x, tuple(ys), records
-    def __len__(self): return len(self.x)
+        self.store, self.ys, self.records = store, tuple(ys), records
+        self.rows = torch.arange(len(store)) if rows is None else rows
+    def __len__(self): return len(self.rows)
     @property
-    def draws(self): return self.x.shape[1] if self.x.ndim == 5 else 1
+    def x(self): return _Rows(self.store, self.rows)
+    @property
+    def draws(self): return self.store.shape[1] if self.store.ndim == 5 else 1
+    def find(self, i, draw=None):
+        "Images, flat over draws, and the place there of rows `i`"
+        if self.store.ndim == 4: return self.store, self.rows[i]
+        k = torch.randint(self.draws, i.shape) if draw is None else torch.full_like(i, draw)
+        return self.store.flatten(0, 1), self.rows[i]*self.draws + k
     def images(self, i, draw=None):
-        if self.x.ndim == 4: return self.x[i]
-        return self.x[i, torch.randint(self.draws, i.shape) if draw is None else torch.full_like(i, draw)]
-    def __getitem__(self, i): return self.images(torch.tensor(i), 0), *(y[i] for y in self.ys)
+        x, at = self.find(i, draw)
+        return x.index_select(0, at)
+    def __getitem__(self, i): return self.images(torch.tensor([i]), 0)[0], *(y[i] for y in self.ys)
 
 def _tensor_target(v, target):
     v = torch.tensor(v if target not in (*_INT_TARGETS, 'age') else v[:,0])
     return v.long() if target in _INT_TARGETS else v.float()
 
-def _unit_range(b): return b[0].float().div_(255), *b[1:]
+# %% ../../nbs/01b_data.load.ipynb #f9b19fcb
+def _gather_floats(x, at):
+    "Rows `at` of uint8 `x` as float32 in [0,1]"
+    out = torch.empty(len(at), *x.shape[1:])
+    n   = max(1, _CHUNK_BYTES//max(1, 4*x[0].numel())) if len(at) else 1
+    for i in range(0, len(at), n): out[i:i+n].copy_(x.index_select(0, at[i:i+n])).div_(255)
+    return out
 
-# %% ../../nbs/01b_data.load.ipynb #6db5b536
+def _gather_bytes(x, at, device):
+    "Rows `at` of uint8 `x` on the device"
+    if device.type != 'cuda': return x.index_select(0, at).to(device)
+    return torch.index_select(x, 0, at, out=torch.empty(len(at), *x.shape[1:], dtype=torch.uint8,
+                                                        pin_memory=True)).to(device, non_blocking=True)
+
+# %% ../../nbs/01b_data.load.ipynb #8aa28f55
 class RecordsDL(TfmdDL):
     "Batches of x float32 (B,C,H,W) in [0,1] and targets, gathered by index"
     def __init__(self,
-        dataset:RecordsDataset,    # Decoded images and targets
-        bs:int=64,                 # Images a batch
-        shuffle:bool=False,        # Draw the rows in a new order each epoch
-        batch_tfms:object=None,    # Function of x (B,C,H,W) in [0,1]
-        draw:int=None,             # Which release of each image; None: one at random
+        dataset:RecordsDataset,     # Decoded images and targets
+        bs:int=64,                  # Images a batch
+        shuffle:bool=False,         # Draw the rows in a new order each epoch
+        batch_tfms:object=None,     # Function of x (B,C,H,W) in [0,1]
+        draw:int=None,              # Which release of each image; None: one at random
+        channels_last:bool=False,   # Channels innermost in memory, for convolutions in mixed precision on CUDA
         **kwargs
     ):
         kwargs.setdefault('num_workers', 0)
         super().__init__(dataset, bs=bs, shuffle=shuffle, **kwargs)
-        self.batch_tfms, self.draw = batch_tfms, draw
+        self.batch_tfms, self.draw, self.channels_last = batch_tfms, draw, channels_last
         self.after_batch = self._finish    # TfmdDL made it a pipeline over single tensors; this one sees the batch
     def _one_pass(self): pass
     def _gather(self, idxs):
-        i = torch.as_tensor(list(idxs), dtype=torch.long)
-        return self.dataset.images(i, self.draw), *(y[i] for y in self.dataset.ys)
+        i, dev = torch.as_tensor(list(idxs), dtype=torch.long), self.device
+        if dev is None or get_worker_info() is not None: dev = torch.device('cpu')
+        found, ys = self.dataset.find(i, self.draw), tuple(y[i].to(dev, non_blocking=True) for y in self.dataset.ys)
+        return (_gather_floats(*found) if dev.type == 'cpu' else _gather_bytes(*found, dev), *ys)
     def create_batches(self, samps):
         self.it = iter(self.dataset)
         for b in chunked(samps, self.bs, self.drop_last): yield self._gather(b)
     def _finish(self, b):
-        b = _unit_range(b)
-        return b if self.batch_tfms is None else (self.batch_tfms(b[0]), *b[1:])
+        x = b[0] if b[0].is_floating_point() else b[0].float().div_(255)
+        if self.channels_last: x = x.contiguous(memory_format=torch.channels_last)
+        return x if self.batch_tfms is None else self.batch_tfms(x), *b[1:]
     def fetch(self,
         idxs:list,    # Rows, in order; may be empty
     ) -> tuple:       # The batch on the device
         "The batch of these rows"
-        b = self._gather(idxs)
-        return self.after_batch(tuple(t.to(self.device) for t in b) if self.device is not None else b)
+        return self.after_batch(self._gather(idxs))
 
-# %% ../../nbs/01b_data.load.ipynb #9c18800f
+# %% ../../nbs/01b_data.load.ipynb #16570c66
 def _known(records, targets, median):
     "Rows with a known value for every target"
     keep = np.ones(len(records), bool)
     for t in targets: keep &= ~np.isnan(target_values(records, t, median)).all(1)
     return keep
 
-def _dl(records, targets, median, size, bs, channels, resize, mechanism, draws, train, batch_tfms, device):
-    x = load_images(records, size, channels, resize)
+def _dl(records, store, rows, targets, median, bs, mechanism, draws, train, batch_tfms, device, channels_last):
     if mechanism is not None:
-        x = release_draws(x, mechanism, torch.tensor(target_values(records, 'sex')[:,0]).float(), draws,
-                          device=device)
+        store = release_draws(store.index_select(0, rows), mechanism,
+                              torch.tensor(target_values(records, 'sex')[:,0]).float(), draws, device=device)
+        rows = None
     ys = [_tensor_target(target_values(records, t, median), t) for t in targets]
-    return RecordsDL(RecordsDataset(x, ys, records), bs=bs if train else 2*bs, shuffle=train,
-                     drop_last=train and len(x) >= bs,
-                     draw=None if train else 0, batch_tfms=batch_tfms if train else None, device=device)
+    return RecordsDL(RecordsDataset(store, ys, records, rows), bs=bs if train else 2*bs, shuffle=train,
+                     drop_last=train and len(records) >= bs, draw=None if train else 0,
+                     batch_tfms=batch_tfms if train else None, device=device, channels_last=channels_last)
 
-# %% ../../nbs/01b_data.load.ipynb #a7eda584
+# %% ../../nbs/01b_data.load.ipynb #5faa61a7
 def _check_split(records, targets, dropped):
     n = records.df.split.value_counts()
     for s in ('train', 'valid'):
@@ -220,7 +303,7 @@ def _check_split(records, targets, dropped):
                                          f'row(s) had none); '
                                          'change the split or the target')
 
-# %% ../../nbs/01b_data.load.ipynb #3c995482
+# %% ../../nbs/01b_data.load.ipynb #4ded97d7
 def records_dls(
     records:Records,               # With splits; a single part (defence or attack) is chosen by the caller
     target:str|tuple=None,         # See `target_values`; a tuple gives several; default: 'labels'
@@ -234,9 +317,15 @@ def records_dls(
     median:float=None,             # For 'age>median'; None: of the training patients
     mechanism:object=None,         # Load released images: (x in [0,1], cond) → the same shape; cond is the sex, 1 = F
     draws:int=4,                   # Releases of each image, with fresh noise each
+    cache:str|Path=None,           # Folder for decoded images, shared by runs; None: decode into memory
+    verify:bool=True,              # Check the cached bytes that are used
+    unreadable:str='raise',        # 'raise', or 'quarantine': leave out what cannot be read, and list it
+    quarantine:str|Path=None,      # The list: a CSV file (image_id, path, reason)
+    channels_last:bool=False,      # Channels innermost in memory, for convolutions in mixed precision on CUDA
 ) -> DataLoaders:                  # train, valid and (as `.test`) test loaders
     "fastai `DataLoaders` of the splits of `records`"
     if not isinstance(bs, int) or bs < 1: raise ConfigError(f'bs must be a positive integer, got {bs!r}')
+    _check_policy(unreadable, quarantine)
     targets = ('labels',) if target is None else target if isinstance(target, tuple) else (target,)
     if isinstance(target, list): targets = (target,)
     if 'age>median' in targets and median is None: median = median_age(records)
@@ -244,13 +333,18 @@ def records_dls(
     if (~keep).any():
         print(f'{records.name}: dropped {(~keep).sum()} of {len(keep)} images without {", ".join(map(str, targets))}')
     if records.df.split.isna().all(): raise DataError(f'{records.name}: no row has a split; call split_patients first')
-    used = records.select(where=keep)
+    used = records.select(where=keep & records.df.split.notna().to_numpy())
     _check_split(used, targets, int((~keep).sum()))
-    if channels is None: channels = load_image(used.root/used.df.path.iloc[0], 8).shape[0]
-    dev  = pick_device(device)
-    args = (targets, median, size, bs, channels, resize, mechanism, draws)
-    dls  = DataLoaders(*[_dl(used.select(split=s), *args, s == 'train', batch_tfms, dev)
-                         for s in ('train', 'valid', 'test')], device=dev)
+    _check_settings(used, size, channels, resize)
+    x, rows, bad = _decode_all(used, size, channels or _channels_of(used), resize, cache, verify)
+    used, rows   = _readable(used, rows, bad, unreadable, quarantine)
+    if bad: _check_split(used, targets, int((~keep).sum()))
+    dev = pick_device(device)
+    def loader(s):
+        at = np.flatnonzero(used.df.split == s)
+        return _dl(used.select(where=at), x, rows[torch.from_numpy(at)], targets, median, bs, mechanism, draws,
+                   s == 'train', batch_tfms, dev, channels_last)
+    dls = DataLoaders(*[loader(s) for s in ('train', 'valid', 'test')], device=dev)
     dls.test, dls.targets, dls.median_age = dls.loaders[2], targets, median
     dls.train_patients = dls.loaders[0].dataset.records.df.patient_id.to_numpy()
     return dls
