@@ -6,7 +6,7 @@
 __all__ = ['load_image', 'load_images', 'median_age', 'target_values', 'release_draws', 'RecordsDataset', 'RecordsDL',
            'records_dls']
 
-# %% ../../nbs/01b_data.load.ipynb #2e8b1994
+# %% ../../nbs/01b_data.load.ipynb #7ad667e2
 import os, warnings
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..core import ConfigError, DataError, atomic_write, pick_device
 from .cache import PixelCache, decode_into
 from .core import Records
 
-# %% ../../nbs/01b_data.load.ipynb #e0a07a59
+# %% ../../nbs/01b_data.load.ipynb #7434fe5a
 _RESIZE = ('crop', 'pad', 'squash')
 _MODES  = {'L': 1, '1': 1, 'LA': 1, 'RGB': 3, 'RGBA': 3, 'P': 3}
 
@@ -35,7 +35,7 @@ def _fit(im, hw, resize):
     if resize == 'pad':  return ImageOps.pad(im, wh, Image.Resampling.BILINEAR)
     return im.resize(wh, Image.Resampling.BILINEAR, reducing_gap=2.)
 
-# %% ../../nbs/01b_data.load.ipynb #4776839a
+# %% ../../nbs/01b_data.load.ipynb #b4a6c32d
 def load_image(
     path:str|Path,         # A PNG or JPEG file, 8 bits a channel
     size:int|tuple,        # Side, or (height, width), in pixels
@@ -62,7 +62,7 @@ def load_image(
                         f'row') from e
     return a[None] if c == 1 else a.transpose(2, 0, 1)
 
-# %% ../../nbs/01b_data.load.ipynb #5dace3db
+# %% ../../nbs/01b_data.load.ipynb #cf93449d
 def _check_settings(records, size, channels, resize):
     if resize not in _RESIZE: raise ConfigError(f'resize must be one of {_RESIZE}, got {resize!r}')
     if channels not in (None, 1, 3): raise ConfigError(f'channels must be 1, 3 or None, got {channels!r}')
@@ -80,7 +80,7 @@ def _channels_of(records, most=100):
         if len(why) == most: break
     raise DataError(f'none of the first {len(why)} of {len(records)} images can be read:\n' + '\n'.join(why[:5]))
 
-# %% ../../nbs/01b_data.load.ipynb #8b596830
+# %% ../../nbs/01b_data.load.ipynb #39c3774c
 def _decode_all(records, size, channels, resize, cache, verify):
     "Decoded images (M,C,H,W), the row (N,) of each record in them, -1 where it cannot be read, and path → reason"
     paths, shape = list(records.df.path), (channels, *_as_hw(size))
@@ -94,7 +94,7 @@ def _decode_all(records, size, channels, resize, cache, verify):
     bad = {files[i]: why for i,why in decode_into(x.numpy(), records.root, files, decode).items()}
     return x, torch.tensor([-1 if p in bad else at[p] for p in paths], dtype=torch.long), bad
 
-# %% ../../nbs/01b_data.load.ipynb #644711ef
+# %% ../../nbs/01b_data.load.ipynb #974a4693
 def load_images(
     records:Records,          # The images
     size:int|tuple=64,        # Side, or (height, width), in pixels
@@ -115,7 +115,7 @@ def _raise_bad(records, bad, rows, why=''):
     if bad: raise DataError(f'{int((rows < 0).sum())} of {len(records)} images cannot be read{why}:\n' +
                             '\n'.join(list(bad.values())[:5]))
 
-# %% ../../nbs/01b_data.load.ipynb #342654c8
+# %% ../../nbs/01b_data.load.ipynb #6a415870
 def _check_policy(unreadable, quarantine):
     if unreadable not in ('raise', 'quarantine'):
         raise ConfigError(f"unreadable must be 'raise' or 'quarantine', got {unreadable!r}")
@@ -133,7 +133,7 @@ def _readable(records, rows, bad, unreadable, quarantine):
                           f'listed in {Path(quarantine).name}')
     return records.select(where=(rows >= 0).numpy()), rows[rows >= 0]
 
-# %% ../../nbs/01b_data.load.ipynb #77da113a
+# %% ../../nbs/01b_data.load.ipynb #c65e3e6c
 def median_age(
     records:Records,    # With a split
 ) -> float:             # Years
@@ -142,7 +142,7 @@ def median_age(
     if not age.notna().any(): raise DataError(f'{records.name}: no training patient has an age, so there is no median')
     return float(age.median())
 
-# %% ../../nbs/01b_data.load.ipynb #229726a2
+# %% ../../nbs/01b_data.load.ipynb #b630f18f
 def target_values(
     records:Records,           # Rows
     target:str|tuple,          # 'labels', 'sex', 'age', 'age>median', a label column, or a list of label columns
@@ -163,7 +163,7 @@ def target_values(
                           f"{list(records.labels)}")
     return df[cols].to_numpy(float)
 
-# %% ../../nbs/01b_data.load.ipynb #20bd2075
+# %% ../../nbs/01b_data.load.ipynb #5df68fb7
 _MOST_BYTES = 4 * 2**30
 
 def release_draws(
@@ -187,7 +187,7 @@ def release_draws(
                 out[i:i+bs,k] = mechanism(xb, cb).clamp(0, 1).mul(255).round().to('cpu', torch.uint8)
     return out
 
-# %% ../../nbs/01b_data.load.ipynb #25d3d2e3
+# %% ../../nbs/01b_data.load.ipynb #323426a9
 _INT_TARGETS = ('sex', 'age>median')
 _CHUNK_BYTES = 3 * 2**19    # Of float32: what stays in a core's own cache between the passes over it
 
@@ -229,7 +229,7 @@ def _tensor_target(v, target):
     v = torch.tensor(v if target not in (*_INT_TARGETS, 'age') else v[:,0])
     return v.long() if target in _INT_TARGETS else v.float()
 
-# %% ../../nbs/01b_data.load.ipynb #f9b19fcb
+# %% ../../nbs/01b_data.load.ipynb #ec5e088e
 def _gather_floats(x, at):
     "Rows `at` of uint8 `x` as float32 in [0,1]"
     out = torch.empty(len(at), *x.shape[1:])
@@ -243,7 +243,7 @@ def _gather_bytes(x, at, device):
     return torch.index_select(x, 0, at, out=torch.empty(len(at), *x.shape[1:], dtype=torch.uint8,
                                                         pin_memory=True)).to(device, non_blocking=True)
 
-# %% ../../nbs/01b_data.load.ipynb #8aa28f55
+# %% ../../nbs/01b_data.load.ipynb #3a306f77
 class RecordsDL(TfmdDL):
     "Batches of x float32 (B,C,H,W) in [0,1] and targets, gathered by index"
     def __init__(self,
@@ -278,7 +278,7 @@ class RecordsDL(TfmdDL):
         "The batch of these rows"
         return self.after_batch(self._gather(idxs))
 
-# %% ../../nbs/01b_data.load.ipynb #16570c66
+# %% ../../nbs/01b_data.load.ipynb #52ff86ca
 def _known(records, targets, median):
     "Rows with a known value for every target"
     keep = np.ones(len(records), bool)
@@ -295,7 +295,7 @@ def _dl(records, store, rows, targets, median, bs, mechanism, draws, train, batc
                      drop_last=train and len(records) >= bs, draw=None if train else 0,
                      batch_tfms=batch_tfms if train else None, device=device, channels_last=channels_last)
 
-# %% ../../nbs/01b_data.load.ipynb #5faa61a7
+# %% ../../nbs/01b_data.load.ipynb #2628315d
 def _check_split(records, targets, dropped):
     n = records.df.split.value_counts()
     for s in ('train', 'valid'):
@@ -303,7 +303,7 @@ def _check_split(records, targets, dropped):
                                          f'row(s) had none); '
                                          'change the split or the target')
 
-# %% ../../nbs/01b_data.load.ipynb #4ded97d7
+# %% ../../nbs/01b_data.load.ipynb #43b95e6e
 def records_dls(
     records:Records,               # With splits; a single part (defence or attack) is chosen by the caller
     target:str|tuple=None,         # See `target_values`; a tuple gives several; default: 'labels'
@@ -342,7 +342,7 @@ def records_dls(
     dev = pick_device(device)
     def loader(s):
         at = np.flatnonzero(used.df.split == s)
-        return _dl(used.select(where=at), x, rows[torch.from_numpy(at)], targets, median, bs, mechanism, draws,
+        return _dl(used.select(split=s), x, rows[torch.from_numpy(at)], targets, median, bs, mechanism, draws,
                    s == 'train', batch_tfms, dev, channels_last)
     dls = DataLoaders(*[loader(s) for s in ('train', 'valid', 'test')], device=dev)
     dls.test, dls.targets, dls.median_age = dls.loaders[2], targets, median
