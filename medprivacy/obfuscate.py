@@ -110,7 +110,7 @@ class AttackersCallback(Callback):
         lr:float=2e-3,     # Attackers' learning rate
     ):
         if steps < 1: raise ConfigError(f'the attackers need at least one step, got steps={steps}')
-        self.steps, self.lr, self.bce = steps, lr, nn.BCEWithLogitsLoss()
+        self.steps, self.lr, self.bce = steps, lr, MaskedBCE()
     def before_fit(self): self.attackers_opt = torch.optim.AdamW(self.model.attackers.parameters(), self.lr)
     def before_batch(self): self.model.attackers.requires_grad_(False)
     def after_step(self):
@@ -118,7 +118,7 @@ class AttackersCallback(Callback):
         e, y = self.model.exposed.detach(), self.yb[0].float()
         for _ in range(self.steps):
             s = self.model.sight(e)
-            loss = sum(self.bce(a(s)[:,0], y) for a in self.model.attackers)
+            loss = sum(self.bce(a(s)[:,0], y) for a in self.model.attackers)    # an unknown attribute does not count
             self.attackers_opt.zero_grad(); loss.backward(); self.attackers_opt.step()
 
 # %% ../nbs/30_obfuscate.ipynb #27c762e3

@@ -29,7 +29,7 @@ from .core import ConfigError, seed_everything
 from .data.core import Predictions, Records, make_predictions
 from .data.load import RecordsDL, records_dls
 from .models.resnet import create_classifier
-from .objectives.focal import MaskedBCE
+from .objectives.focal import FocalLoss, MaskedBCE
 
 # %% ../nbs/23_probe.ipynb #194b64da
 _AGE_CENTRE, _AGE_SCALE = 50., 15.    # years
@@ -38,11 +38,14 @@ class ProbeLoss(nn.Module):
     "Loss of one target: binary, class or age"
     def __init__(self,
         kind:str,    # 'binary', 'class' or 'age'
-    ): super().__init__(); self.kind, self.bce = kind, MaskedBCE()
+    ): super().__init__(); self.kind, self.bce, self.ce = kind, MaskedBCE(), FocalLoss()
     def forward(self, pred, y):
-        if self.kind == 'age':   return F.smooth_l1_loss(pred[:,0], (y.view(-1) - _AGE_CENTRE)/_AGE_SCALE)
-        if self.kind == 'class': return F.cross_entropy(pred, y.view(-1).nan_to_num(-100).long())
-        return self.bce(pred, y.float().view(len(y), -1))
+        if self.kind == 'age':   return self._age(pred[:,0], y.view(-1))
+        return self.ce(pred, y.view(-1)) if self.kind == 'class' else self.bce(pred, y.float().view(len(y), -1))
+    def _age(self, pred, y):
+        known = ~y.isnan()
+        loss  = F.smooth_l1_loss(pred, (torch.where(known, y, _AGE_CENTRE) - _AGE_CENTRE)/_AGE_SCALE, reduction='none')
+        return torch.where(known, loss, 0.).sum() / known.sum().clamp_min(1)
     def activation(self, pred):
         if self.kind == 'age':   return pred*_AGE_SCALE + _AGE_CENTRE
         return pred.softmax(1) if self.kind == 'class' else pred.sigmoid()
@@ -60,6 +63,7 @@ def mean_auroc(
 ) -> float:               # NaN when no label has both classes
     "AUROC averaged over labels (one class against the rest for classes)"
     y, score = np.asarray(y, float).reshape(len(y), -1), np.asarray(score, float)
+    if np.isnan(y).all(): return np.nan
     if kind == 'age':   y = np.where(np.isnan(y), np.nan, y > np.nanmedian(y))
     if kind == 'class': y = np.where(np.isnan(y), np.nan, y == np.arange(score.shape[1]))
     a = [_auroc(y[:,j], score[:,j]) for j in range(y.shape[1])]
