@@ -110,15 +110,16 @@ class AttackersCallback(Callback):
         lr:float=2e-3,     # Attackers' learning rate
     ):
         if steps < 1: raise ConfigError(f'the attackers need at least one step, got steps={steps}')
-        self.steps, self.lr, self.bce = steps, lr, MaskedBCE()
+        self.steps, self.lr, self.bce = steps, lr, nn.BCEWithLogitsLoss()
     def before_fit(self): self.attackers_opt = torch.optim.AdamW(self.model.attackers.parameters(), self.lr)
     def before_batch(self): self.model.attackers.requires_grad_(False)
     def after_step(self):
         self.model.attackers.requires_grad_(True)
         e, y = self.model.exposed.detach(), self.yb[0].float()
-        for _ in range(self.steps):
+        known = y >= 0                      # False for NaN too: an unknown attribute teaches nothing
+        for _ in range(self.steps if known.any() else 0):
             s = self.model.sight(e)
-            loss = sum(self.bce(a(s)[:,0], y) for a in self.model.attackers)    # an unknown attribute does not count
+            loss = sum(self.bce(a(s)[known,0], y[known]) for a in self.model.attackers)
             self.attackers_opt.zero_grad(); loss.backward(); self.attackers_opt.step()
 
 # %% ../nbs/30_obfuscate.ipynb #27c762e3
