@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESIZE', 'inside', 'kind_of', 'open_image', 'as_hw', 'load_image', 'check_sums']
 
-# %% ../../nbs/00c_data.decode.ipynb #d48c54fe
+# %% ../../nbs/00c_data.decode.ipynb #6595fc21
 import hashlib, os, stat, struct
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from ..core import ConfigError, DataError
 from .dicom import read_dicom
 
-# %% ../../nbs/00c_data.decode.ipynb #68b3df6b
+# %% ../../nbs/00c_data.decode.ipynb #d0d616a8
 def inside(
     root:str|Path,     # Folder that holds the data set; may be a link itself
     path:str|Path,     # Relative to `root`
@@ -30,7 +30,7 @@ def inside(
                         'copy the file below the root, or take the folder that holds it as root')
     return Path(full)
 
-# %% ../../nbs/00c_data.decode.ipynb #b54812b3
+# %% ../../nbs/00c_data.decode.ipynb #e1bae95c
 _MOST_BYTES = 2**31
 
 def _read_bytes(path):
@@ -49,7 +49,7 @@ def _read_bytes(path):
     except (OSError, ValueError) as e: why = f'cannot be read ({e}); check the disk and the table'
     raise DataError(f'{path} {why}')
 
-# %% ../../nbs/00c_data.decode.ipynb #626006ea
+# %% ../../nbs/00c_data.decode.ipynb #50e36ea1
 _SIGNS = ((b'\x89PNG\r\n\x1a\n', 'PNG'), (b'\xff\xd8\xff', 'JPEG'), (b'II*\0', 'TIFF'), (b'MM\0*', 'TIFF'),
           (b'BM', 'BMP'), (b'GIF8', 'GIF'), (b'%PDF', 'PDF'), (b'PK\x03\x04', 'zip archive'),
           (b'\x1f\x8b', 'gzip archive'), (b'\0\0\0\x0cjP', 'JPEG 2000'), (b'RIFF', 'WebP'))
@@ -80,7 +80,7 @@ def _check_kind(path, data):
         print(f'{Path(path).name} is a {kind} in spite of its suffix; files are read by content (told once)')
     return kind
 
-# %% ../../nbs/00c_data.decode.ipynb #538c7624
+# %% ../../nbs/00c_data.decode.ipynb #9b42d43c
 _MODES = {'L': 1, '1': 1, 'LA': 1, 'RGB': 3, 'RGBA': 3, 'P': 3, 'I;16': 1, 'I;16B': 1}
 _EIGHT = np.rint(np.arange(65536)/257).astype(np.uint8)     # 16 bits to 8: 65535 → 255
 
@@ -103,7 +103,7 @@ def _check_depth(im, path, bits):
         raise DataError(f'{path} has {16 if deep else 8} bits a pixel (mode {im.mode}) where {bits} are declared; pass '
                         f'bits={16 if deep else 8} if that is what the data set holds, bits=None if it holds both')
 
-# %% ../../nbs/00c_data.decode.ipynb #0b522868
+# %% ../../nbs/00c_data.decode.ipynb #6a5789a1
 def _check_open(im, path, bits):
     "All that the header of an opened image tells"
     if min(im.size) < 2:
@@ -122,17 +122,19 @@ def _check_open(im, path, bits):
     if turn not in range(9): raise DataError(f'{path} has the EXIF orientation {turn}; 1 to 8 exist: remove the tag')
     return turn >= 5     # height and width are exchanged
 
-# %% ../../nbs/00c_data.decode.ipynb #850a6e58
+# %% ../../nbs/00c_data.decode.ipynb #3749aff2
 def _open_pillow(path, data, kind, channels, bits, draft):
     if kind == 'PNG': _check_png(path, data)
     try:
         with Image.open(BytesIO(data), formats=[kind]) as im:
-            swap, c = _check_open(im, path, bits), channels or _MODES[im.mode]
+            swap, c, size = _check_open(im, path, bits), channels or _MODES[im.mode], im.size
             if draft: im.draft('L' if c == 1 else 'RGB', draft if swap else draft[::-1])
             im.load()
             if im.mode.startswith('I;16'): im = Image.fromarray(_EIGHT[np.asarray(im)])
             else: im = ImageOps.exif_transpose(im)
-            return im.convert('L' if c == 1 else 'RGB')
+            out = im.convert('L' if c == 1 else 'RGB')
+            out.info['full_size'] = size[::-1] if swap else size
+            return out
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
         raise DataError(f'{path} claims more pixels than PIL.Image.MAX_IMAGE_PIXELS allows, a decompression bomb; drop '
                         'its row, or raise the limit if it is real') from e
@@ -144,7 +146,7 @@ def _open_pillow(path, data, kind, channels, bits, draft):
         raise DataError(f'{path} cannot be read as an image ({type(e).__name__}: {e}); fetch it again or drop its '
                         'row') from e
 
-# %% ../../nbs/00c_data.decode.ipynb #150a776b
+# %% ../../nbs/00c_data.decode.ipynb #36132346
 def open_image(
     path:str|Path,         # A PNG, JPEG, TIFF, BMP or DICOM file
     channels:int=None,     # 1 grey, 3 colour; None: as the file
@@ -152,11 +154,13 @@ def open_image(
     bits:int=8,            # Bits a channel that are declared: 8, 16 (grey, scaled by 65535), None: either
     draft:tuple=None,      # (height, width) that will be wanted: a JPEG may be decoded smaller, never below it
     root:str|Path=None,    # `path` is relative to it, and nothing outside is opened
-) -> Image.Image:          # Mode L or RGB
+) -> Image.Image:          # Mode L or RGB; `info['full_size']` is (width, height) before draft decoding
     "Decode one file to 8 bits, raising `DataError` with its name when that cannot be done faithfully"
     if bits not in (8, 16, None): raise ConfigError(f'bits must be 8, 16 or None, got {bits!r}')
     if channels not in (1, 3, None): raise ConfigError(f'channels must be 1, 3 or None, got {channels!r}')
-    if root is not None: path = inside(root, path)
+    if root is not None:
+        inside(root, path)
+        path = Path(root)/path      # errors name the file as the table does, not where a link leads
     data = _read_bytes(path)
     kind = _check_kind(path, data)
     if kind != 'DICOM': return _open_pillow(path, data, kind, channels, bits, draft)
@@ -165,7 +169,7 @@ def open_image(
     if min(im.size) < 2: raise DataError(f'{path} is {im.size[0]} x {im.size[1]} pixels, no image; drop its row')
     return im.convert({1: 'L', 3: 'RGB', None: im.mode}[channels])
 
-# %% ../../nbs/00c_data.decode.ipynb #af402430
+# %% ../../nbs/00c_data.decode.ipynb #1b0434e3
 RESIZE = ('crop', 'pad', 'squash')
 
 def as_hw(
@@ -176,12 +180,18 @@ def as_hw(
 
 def _fit(im, hw, resize):
     wh = hw[::-1]
-    if im.size == wh: return im
+    if im.size == wh and resize != 'pad': return im
     if resize == 'crop': return ImageOps.fit(im, wh, Image.Resampling.BILINEAR)
-    if resize == 'pad':  return ImageOps.pad(im, wh, Image.Resampling.BILINEAR)
+    if resize == 'pad':      # placed by the size before draft decoding, so that a border is where it would be without
+        full  = im.info.get('full_size', im.size)
+        scale = min(wh[0]/full[0], wh[1]/full[1])
+        inner = tuple(max(1, round(s*scale)) for s in full)
+        out = Image.new(im.mode, wh)
+        out.paste(im.resize(inner, Image.Resampling.BILINEAR), tuple((a - b)//2 for a,b in zip(wh, inner)))
+        return out
     return im.resize(wh, Image.Resampling.BILINEAR, reducing_gap=2.)
 
-# %% ../../nbs/00c_data.decode.ipynb #54e30107
+# %% ../../nbs/00c_data.decode.ipynb #ed721efb
 def load_image(
     path:str|Path,         # A PNG, JPEG, TIFF, BMP or DICOM file
     size:int|tuple,        # Side, or (height, width), in pixels
@@ -198,7 +208,7 @@ def load_image(
     a = np.asarray(_fit(open_image(path, channels, bits=bits, draft=hw if draft else None, root=root), hw, resize))
     return a[None] if a.ndim == 2 else a.transpose(2, 0, 1)
 
-# %% ../../nbs/00c_data.decode.ipynb #c25b06ca
+# %% ../../nbs/00c_data.decode.ipynb #952fb870
 def check_sums(
     root:str|Path,                      # Folder of the data set
     sums:str='SHA256SUMS.txt',          # File below `root`: a SHA-256 and a relative path on each line
