@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decode_into', 'decoder_version', 'PixelCache']
 
-# %% ../../nbs/00d_data.cache.ipynb #13ab3aef
+# %% ../../nbs/00d_data.cache.ipynb #5a6513ae
 import errno, hashlib, json, os, shutil, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,24 +20,23 @@ from PIL import features
 
 from ..core import ConfigError, DataError, atomic_write
 
-# %% ../../nbs/00d_data.cache.ipynb #6134a1cf
+# %% ../../nbs/00d_data.cache.ipynb #5cd0a2a4
 def decode_into(
     out:np.ndarray,        # uint8 (n,C,H,W), filled in place
-    root:str|Path,         # Folder of the images
-    paths:list,            # n paths, relative to `root`
+    paths:list,            # n paths
     decode:object,         # Function of a path that gives uint8 (C,H,W), or raises `DataError`
     pool:object=None,      # An executor to run in; None: one of its own
 ) -> dict:                 # Position → reason, for files that cannot be read; their rows are undefined
     "Decode many images in threads"
     def one(i):
-        try: out[i] = decode(os.path.join(root, paths[i]))
+        try: out[i] = decode(paths[i])
         except DataError as e: return str(e)
     if pool is None:
         with ThreadPoolExecutor() as pool: why = list(pool.map(one, range(len(paths))))
     else: why = list(pool.map(one, range(len(paths))))
     return {i: w for i,w in enumerate(why) if w}
 
-# %% ../../nbs/00d_data.cache.ipynb #4b44f981
+# %% ../../nbs/00d_data.cache.ipynb #29b1045f
 _FORMAT = 1     # Raised when our own decoding changes a pixel
 
 def decoder_version() -> str:    # One line
@@ -45,7 +44,7 @@ def decoder_version() -> str:    # One line
     own = [f'{p} {metadata.version(p)}' for p in ('pillow', 'pydicom', 'numpy')]
     return ', '.join([f'medprivacy format {_FORMAT}', *own, f'jpeg {features.version("libjpeg_turbo")}'])
 
-# %% ../../nbs/00d_data.cache.ipynb #50d337f1
+# %% ../../nbs/00d_data.cache.ipynb #1eb7081e
 def _line(o):
     body = json.dumps(o, separators=(',', ':')).encode()
     return b'%08x %s\n' % (zlib.crc32(body), body)
@@ -61,7 +60,7 @@ def _write_all(fd, data, at=None):
     while done < len(data):
         done += os.write(fd, data[done:]) if at is None else os.pwrite(fd, data[done:], at+done)
 
-# %% ../../nbs/00d_data.cache.ipynb #4a04263e
+# %% ../../nbs/00d_data.cache.ipynb #03fb752e
 _BLOCK_BYTES, _BLOCK_ROWS = 8 * 2**20, 512    # What a kill can cost: at most two blocks
 
 class PixelCache:
@@ -70,7 +69,7 @@ class PixelCache:
         folder:str|Path,        # Folder for caches; this one gets a folder of its own inside
         root:str|Path,          # Folder of the images
         shape:tuple,            # (C,H,W) of a decoded image
-        resize:str='crop',      # How the decoder resizes; kept apart by name
+        how:str='',             # What else decides a pixel: resizing, declared bits; kept apart by it
         *,
         verify:bool=True,       # Check the pixels of every block that is used: reads each byte, about 1 GB/s a core
         decoder:str=None,       # Version of the decoder; None: `decoder_version()`
@@ -79,7 +78,7 @@ class PixelCache:
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ConfigError(f'the shape of a cached image is (C,H,W), got {shape}')
         real = hashlib.sha256(os.path.realpath(root).encode('utf-8', 'surrogateescape')).hexdigest()
-        self.about = dict(root_sha256=real, shape=list(self.shape), resize=resize,
+        self.about = dict(root_sha256=real, shape=list(self.shape), how=how,
                           decoder=decoder or decoder_version())
         key = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]
         self.path, self.nbytes = Path(folder)/key, int(np.prod(self.shape))
@@ -88,7 +87,7 @@ class PixelCache:
     def _forget(self): self.index, self.blocks, self.sound, self.broken, self._read, self.end = {}, {}, set(), [], 0, 0
     def __repr__(self): return f'PixelCache of {len(self)} images {self.shape}'
 
-# %% ../../nbs/00d_data.cache.ipynb #2376964b
+# %% ../../nbs/00d_data.cache.ipynb #942ac0e8
 @patch
 def _add_line(self:PixelCache, o):
     "Take over one line of the journal"
@@ -118,7 +117,7 @@ def _refresh(self:PixelCache):
     for line in new.split(b'\n')[:-1]: self._add_line(_parse(line))
     for s in self.broken: self._drop(s)
 
-# %% ../../nbs/00d_data.cache.ipynb #11cef104
+# %% ../../nbs/00d_data.cache.ipynb #183fad8d
 @patch
 def _raw(self:PixelCache):
     "The pixel file as a read-only map of bytes"
@@ -140,7 +139,7 @@ def _check(self:PixelCache, starts):
     for s in starts:
         if not ok[s]: self.broken.append(s); self._drop(s)
 
-# %% ../../nbs/00d_data.cache.ipynb #3969833d
+# %% ../../nbs/00d_data.cache.ipynb #861f2dd6
 def _stats(root, paths):
     "Path → (size, mtime_ns), None where there is no such file"
     def one(p):
@@ -156,7 +155,7 @@ def _missing(self:PixelCache, stats):
     self._check(sorted({self.index[p][3] for p,s in stats.items() if same(p, s)}))
     return [p for p,s in stats.items() if not same(p, s)]
 
-# %% ../../nbs/00d_data.cache.ipynb #72aaaec0
+# %% ../../nbs/00d_data.cache.ipynb #783266ac
 _NO_ROOM  = {errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)}
 _READONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -195,7 +194,7 @@ def _writer(self:PixelCache, need):
                             'choose another cache folder, or cache=None') from e
         raise
 
-# %% ../../nbs/00d_data.cache.ipynb #0070aad2
+# %% ../../nbs/00d_data.cache.ipynb #6b38a623
 @patch
 def _commit(self:PixelCache, fds, files, pixels):
     "Append a block of rows, then the line that makes it exist"
@@ -212,7 +211,7 @@ def _fill(self:PixelCache, fds, todo, decode, pool):
     "Decode and commit; gives path → reason for files that cannot be read"
     def block(paths):
         stats, out = _stats(self.root, paths), np.empty((len(paths), *self.shape), np.uint8)
-        return paths, stats, out, decode_into(out, self.root, paths, decode, pool)
+        return paths, stats, out, decode_into(out, paths, decode, pool)
     n, bad, ahead = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES//self.nbytes)), {}, ThreadPoolExecutor(1)
     try:
         jobs = list(chunked(todo, n))
@@ -227,7 +226,7 @@ def _fill(self:PixelCache, fds, todo, decode, pool):
     finally: ahead.shutdown(cancel_futures=True)
     return bad
 
-# %% ../../nbs/00d_data.cache.ipynb #e76879bd
+# %% ../../nbs/00d_data.cache.ipynb #dce4b857
 @patch
 def _void_broken(self:PixelCache, fds):
     "Write down which blocks are damaged, for those who do not check"
@@ -246,11 +245,11 @@ def _update(self:PixelCache, stats, todo, decode):
         if not todo: return {}
         with ThreadPoolExecutor() as pool: return self._fill(fds, todo, decode, pool)
 
-# %% ../../nbs/00d_data.cache.ipynb #caa0c223
+# %% ../../nbs/00d_data.cache.ipynb #c872e685
 @patch
 def rows(self:PixelCache,
     paths:list,       # Relative to the root; may repeat
-    decode:object,    # Function of a path that gives uint8 (C,H,W), or raises `DataError`
+    decode:object,    # Function of such a path that gives uint8 (C,H,W), or raises `DataError`
 ) -> tuple:           # int64 (n,): row of each path, -1 where it cannot be read; dict of path → reason for those
     "Find the rows of these images, decoding those that are not in the cache"
     stats, bad = _stats(self.root, paths), {}
@@ -260,7 +259,7 @@ def rows(self:PixelCache,
         try: bad = self._update(stats, todo, decode)
         except _ReadOnly:
             for p in todo:     # no fault of the cache when what it lacks cannot be read anyway
-                why = decode_into(np.empty((1, *self.shape), np.uint8), self.root, [p], decode)
+                why = decode_into(np.empty((1, *self.shape), np.uint8), [p], decode)
                 if not why: raise
                 bad[p] = why[0]
     at = {p: -1 if p in bad else self.index[p][0] for p in stats}

@@ -100,6 +100,84 @@ def test_files_that_are_refused(loose, how, row):
     assert len(str(e.value)) < 500
 
 
+@pytest.mark.parametrize('cached', [False, True])
+def test_quarantine(loose, tmp_path, capsys, cached):
+    "Broken rows are left out with a count and listed with the reason; the others are as they were"
+    kw = dict(device='cpu', cache=tmp_path/'cache' if cached else None)
+    clean = records_dls(loose, 'sex', 8, 1, **kw)
+    spoil(loose.root/'i0.png', 'zero bytes'); spoil(loose.root/'i3.png', 'CMYK')
+    for _ in range(2):
+        dls = records_dls(loose, 'sex', 8, 1, unreadable='quarantine', quarantine=tmp_path/'run'/'unreadable.csv', **kw)
+        assert '2 of 6 images cannot be read and are left out' in capsys.readouterr().out
+        assert [len(l.dataset) for l in dls.loaders] == [1, 1, 2] and dls.train_patients.tolist() == ['p1']
+        for a, b, i in zip(dls.loaders, clean.loaders, ([1], [0], [0, 1])):
+            assert all(torch.equal(u, v) for u, v in zip(a.fetch(range(len(i))), b.fetch(i)))
+        t = pd.read_csv(tmp_path/'run'/'unreadable.csv')
+        assert list(t) == ['image_id', 'path', 'reason'] and t.image_id.tolist() == ['i0', 'i3'] and t.reason.str.len().gt(10).all()
+        assert [f.name for f in (tmp_path/'run').iterdir()] == ['unreadable.csv']
+
+
+def test_nothing_to_quarantine(loose, tmp_path, capsys):
+    "An empty list says that all was read"
+    records_dls(loose, 'sex', 8, 1, device='cpu', unreadable='quarantine', quarantine=tmp_path/'q.csv')
+    assert len(pd.read_csv(tmp_path/'q.csv')) == 0 and 'left out' not in capsys.readouterr().out
+
+
+def test_too_many_to_quarantine(loose, tmp_path):
+    "More than half is a fault of the folder, not of files; a split may not be emptied either"
+    kw = dict(unreadable='quarantine', quarantine=tmp_path/'q.csv', device='cpu')
+    for k in (0, 1): spoil(loose.root/f'i{k}.png', 'zero bytes')
+    with pytest.raises(DataError, match="'train' is empty"): records_dls(loose, 'sex', 8, 1, **kw)
+    for k in (3, 4): spoil(loose.root/f'i{k}.png', 'text')
+    with pytest.raises(DataError, match='4 of 6 images cannot be read, more than half'): records_dls(loose, 'sex', 8, 1, **kw)
+    assert len(pd.read_csv(tmp_path/'q.csv')) == 4
+    for k in (2, 5): spoil(loose.root/f'i{k}.png', 'absent')
+    with pytest.raises(DataError, match='none of the first 6 of 6 images can be read'): records_dls(loose, 'sex', 8, 1, **kw)
+
+
+@pytest.mark.parametrize('how,match', [(dict(unreadable='drop'), "'raise' or 'quarantine'"), (dict(unreadable='quarantine'), 'needs quarantine='),
+                                       (dict(bits=12), 'bits'), (dict(bits=16), '8 bits')])
+def test_bad_policy(loose, how, match):
+    with pytest.raises((ConfigError, DataError), match=match): records_dls(loose, 'sex', 8, 1, device='cpu', **how)
+
+
+@pytest.mark.parametrize('policy', ['raise', 'quarantine'])
+@pytest.mark.parametrize('path', ['../other.png', '{root}/i1.png', '{out}', 'a/../../other.png'])
+def test_nothing_outside_the_root_is_opened(loose, tmp_path_factory, monkeypatch, path, policy):
+    "Not even under quarantine: such a table is wrong"
+    import builtins
+    out = tmp_path_factory.mktemp('out')/'other.png'; Image.new('L', (9, 9)).save(out)
+    df = loose.df.copy(); df.loc[2, 'path'] = path.format(root=loose.root, out=out)
+    kw = dict(unreadable=policy, quarantine=out.parent/'q.csv') if policy == 'quarantine' else {}
+    monkeypatch.setattr(builtins, 'open', None)
+    with pytest.raises(DataError, match='leave the root'): records_dls(loose._with(df), 'sex', 8, 1, device='cpu', **kw)
+
+
+def test_a_link_that_leaves_the_root(loose, tmp_path_factory):
+    out = tmp_path_factory.mktemp('out')/'other.png'; Image.new('L', (9, 9)).save(out)
+    (loose.root/'i2.png').unlink(); (loose.root/'i2.png').symlink_to(out)
+    with pytest.raises(DataError, match='1 of 6 images.*\n.*outside'): load_images(loose, 8)
+
+
+def test_values(recs):
+    "float32 of each byte over 255, in any number of pieces, contiguous or with channels innermost"
+    plain = records_dls(recs, 'sex', (21, 33), 4, channels=3, device='cpu')
+    last  = records_dls(recs, 'sex', (21, 33), 4, channels=3, device='cpu', channels_last=True)
+    for a, b in zip(plain.loaders, last.loaders):
+        i = list(range(len(a.dataset)))*9; x, y = a.fetch(i)[0], b.fetch(i)[0]
+        assert torch.equal(x, a.dataset.x[torch.tensor(i)].float()/255) and x.is_contiguous()
+        assert torch.equal(x, y) and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_that_repeat_are_decoded_once(loose, tmp_path):
+    "Several rows of one image (two eyes in one file, a row for each reader) share its pixels"
+    df = pd.concat([loose.df, loose.df.assign(image_id=lambda t: t.image_id+'b')], ignore_index=True)
+    for cache in (None, tmp_path/'c'):
+        dls = records_dls(loose._with(df), 'sex', 8, 2, device='cpu', cache=cache)
+        assert len(dls.train.dataset) == 4 and len(dls.train.dataset.store) == 6
+        x = dls.train.fetch([0, 1, 2, 3])[0]; assert torch.equal(x[:2], x[2:]) and not torch.equal(x[0], x[1])
+
+
 def test_all_bad_files_are_counted(loose):
     for k in (1, 3, 4): spoil(loose.root/f'i{k}.png', 'zero bytes')
     with pytest.raises(DataError, match='3 of 6 images'): load_images(loose, 8)
