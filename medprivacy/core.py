@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MedPrivacyError', 'ConfigError', 'DataError', 'LeakageError', 'UnsupportedUnderDP', 'BudgetError', 'CheckpointError',
            'seed_everything', 'pick_device', 'atomic_write', 'versions_text', 'Run', 'open_run', 'add_config',
-           'add_summary', 'add_table', 'read_table_of', 'stage']
+           'add_summary', 'add_record', 'add_table', 'read_table_of', 'stage']
 
-# %% ../nbs/00_core.ipynb #c978277a
+# %% ../nbs/00_core.ipynb #a8469b6e
 import contextlib, json, math, os, platform, random, shutil, tempfile, time, tomllib
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib import metadata
@@ -18,7 +18,7 @@ import pandas as pd
 import tomli_w
 import torch
 
-# %% ../nbs/00_core.ipynb #c6486982
+# %% ../nbs/00_core.ipynb #e575a871
 class MedPrivacyError(Exception):
     "Base of every error that medprivacy raises on purpose"
 
@@ -31,7 +31,7 @@ class DataError(MedPrivacyError, ValueError):
 class LeakageError(MedPrivacyError, ValueError):
     "The same patient would stand on two sides that must not meet"
 
-# %% ../nbs/00_core.ipynb #e7c49bee
+# %% ../nbs/00_core.ipynb #8a45e023
 class UnsupportedUnderDP(MedPrivacyError, ValueError):
     "A model, loss or callback cannot be trained with differential privacy as it is"
 
@@ -41,7 +41,7 @@ class BudgetError(MedPrivacyError, RuntimeError):
 class CheckpointError(MedPrivacyError, RuntimeError):
     "A stored model or run cannot be read back faithfully"
 
-# %% ../nbs/00_core.ipynb #0f9b54f2
+# %% ../nbs/00_core.ipynb #2fa874b3
 def seed_everything(
     seed:int,    # Any integer from 0 to 2**32-1
 ) -> int:        # The same seed
@@ -50,7 +50,7 @@ def seed_everything(
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     return int(seed)
 
-# %% ../nbs/00_core.ipynb #18ca872f
+# %% ../nbs/00_core.ipynb #2b269d87
 def pick_device(
     name:str=None,    # 'cpu', 'cuda', 'cuda:1', 'mps'; None or 'auto' takes the best that is present
 ) -> torch.device:    # A device that exists on this machine
@@ -64,7 +64,7 @@ def pick_device(
     if not present: raise ConfigError(f"device {name!r} is not present here; use 'auto' or 'cpu'")
     return dev
 
-# %% ../nbs/00_core.ipynb #211d62be
+# %% ../nbs/00_core.ipynb #4957fee7
 def atomic_write(
     path:str|Path,      # The file to write; its folder is made when missing
     data:bytes|str,     # Its whole content; text is written as UTF-8
@@ -80,7 +80,7 @@ def atomic_write(
         Path(tmp).unlink(missing_ok=True); raise
     return path
 
-# %% ../nbs/00_core.ipynb #34853c04
+# %% ../nbs/00_core.ipynb #04e349c9
 _PACKAGES = ('torch', 'torchvision', 'fastai', 'fastcore', 'opacus', 'timm', 'numpy', 'pandas', 'scikit-learn')
 
 def versions_text() -> str:    # One `package version` a line
@@ -93,7 +93,7 @@ def _own_version():
     try: return metadata.version('medprivacy')
     except metadata.PackageNotFoundError: return 'not installed'
 
-# %% ../nbs/00_core.ipynb #f3a495d3
+# %% ../nbs/00_core.ipynb #13450cf5
 def _toml_ready(o):
     if isinstance(o, dict): return {str(k): _toml_ready(v) for k,v in o.items() if v is not None}
     if isinstance(o, (list, tuple)): return [_toml_ready(v) for v in o if v is not None]
@@ -105,7 +105,7 @@ def _finite(v):
     v = None if v is None else float(v)
     return v if v is not None and math.isfinite(v) else None
 
-# %% ../nbs/00_core.ipynb #b707913f
+# %% ../nbs/00_core.ipynb #969d8437
 @dataclass(frozen=True)
 class Run:
     "A run folder: what a command did, and with which result"
@@ -122,12 +122,18 @@ class Run:
         f = self.path/'summary.json'
         return json.loads(f.read_text(encoding='utf-8')) if f.exists() else {}
 
+    @property
+    def record(self) -> dict:
+        "Stage → what it did, read from `record.json`"
+        f = self.path/'record.json'
+        return json.loads(f.read_text(encoding='utf-8')) if f.exists() else {}
+
     def figure_path(self, name:str) -> Path:
         "Where the figure `name` belongs; a name that begins with `views` holds patient images"
         (self.path/'figures').mkdir(exist_ok=True)
         return self.path/'figures'/f'{name}.png'
 
-# %% ../nbs/00_core.ipynb #8f304934
+# %% ../nbs/00_core.ipynb #6378db22
 def open_run(
     path:str|Path,             # The run folder
     config:dict=None,          # Settings to store; None opens a run that exists already
@@ -153,7 +159,7 @@ def open_run(
     atomic_write(path/'config.toml', tomli_w.dumps(cfg))
     return Run(path)
 
-# %% ../nbs/00_core.ipynb #690a7299
+# %% ../nbs/00_core.ipynb #1faf20b4
 def _resumed(run, cfg):
     old  = run.config
     diff = sorted(k for k in old.keys()|cfg.keys() if old.get(k) != cfg.get(k))
@@ -162,7 +168,7 @@ def _resumed(run, cfg):
                           f'another folder')
     return run
 
-# %% ../nbs/00_core.ipynb #c6da9b4a
+# %% ../nbs/00_core.ipynb #0c9d17e8
 def add_config(
     run:Run,              # An open run
     section:str,          # Name of the section
@@ -179,7 +185,7 @@ def add_config(
     atomic_write(run.path/'config.toml', tomli_w.dumps({**old, section: new}))
     return run.config
 
-# %% ../nbs/00_core.ipynb #96f97537
+# %% ../nbs/00_core.ipynb #df4360d4
 def add_summary(
     run:Run,         # An open run
     results:dict,    # Dotted name → `Interval`, dict of value, lo, hi, n, or a number
@@ -193,7 +199,18 @@ def add_summary(
     atomic_write(run.path/'summary.json', json.dumps(new, indent=1, sort_keys=True) + '\n')
     return new
 
-# %% ../nbs/00_core.ipynb #0081ea10
+# %% ../nbs/00_core.ipynb #82aeb879
+def add_record(
+    run:Run,         # An open run
+    stage:str,       # Name of the stage
+    **facts          # Numbers, texts, lists of them; None is left out
+) -> dict:           # The whole record after adding
+    "Write what a stage did to `record.json`, in place of its earlier record"
+    new = {**run.record, stage: _toml_ready(facts)}
+    atomic_write(run.path/'record.json', json.dumps(new, indent=1) + '\n')
+    return new
+
+# %% ../nbs/00_core.ipynb #e473e995
 def add_table(
     run:Run,              # An open run
     name:str,             # File name without its ending: 'metrics' goes to the top, others into tables/
@@ -211,7 +228,7 @@ def read_table_of(
     path = run.path/f'{name}.csv' if name == 'metrics' else run.path/'tables'/f'{name}.csv'
     return pd.read_csv(path) if path.exists() else None
 
-# %% ../nbs/00_core.ipynb #395ff45e
+# %% ../nbs/00_core.ipynb #a9cc71c8
 @contextlib.contextmanager
 def stage(
     run:Run,          # An open run, which gets the time in `timings.csv`
