@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP_METRICS', 'GAPS', 'groups_of', 'by_group', 'gaps', 'against_rest']
 
-# %% ../nbs/51_fairness.ipynb #3ccab1ea
+# %% ../nbs/51_fairness.ipynb #cf3493ab
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,10 +17,11 @@ import pandas as pd
 from .core import ConfigError, DataError
 from .data.clean import AGE_BANDS, AGE_EDGES, age_band
 from .data.core import Predictions
-from .evaluate import metric_draws, n_units, resolve_thresholds, scores_of, why_missing
+from .evaluate import resolve_thresholds, scores_of
+from .metrics import mean_over_labels, metric_draws, n_units, why_missing
 from .resample import holm, interval, units_of
 
-# %% ../nbs/51_fairness.ipynb #043c06c2
+# %% ../nbs/51_fairness.ipynb #38d88090
 def groups_of(
     df:pd.DataFrame,    # Rows of predictions
     by:str|tuple,       # A column, 'age_band' (made from age), or a tuple of them: their intersection
@@ -34,7 +35,7 @@ def groups_of(
     null = np.any([c.isna() for c in cols], axis=0)
     return pd.Series(['unknown' if n else ' × '.join(map(str, v)) for n, *v in zip(null, *cols)], index=df.index)
 
-# %% ../nbs/51_fairness.ipynb #b76a9ba4
+# %% ../nbs/51_fairness.ipynb #f857cd9d
 GROUP_METRICS = dict(auroc='auroc', accuracy='accuracy', tpr='sensitivity', fpr='fpr', fnr='fnr',
                      selection_rate='selection_rate')
 _ASKED = tuple(GROUP_METRICS.values())
@@ -47,11 +48,13 @@ def _groupings(preds, by, split, threshold, unit, intersections):
     "Models with their arrays, thresholds and units, and each grouping with its members"
     if unit not in ('patient', 'image'): raise ConfigError(f"unit is 'patient' or 'image', not {unit!r}")
     by = [by] if isinstance(by, str) else list(by)
-    if intersections: by += [p for p in combinations(by, 2)]
+    if intersections: by += list(combinations([b for b in by if isinstance(b, str)], 2))
     chosen = resolve_thresholds(preds, threshold, split)
     for model in preds.df.model.unique():
         s     = scores_of(preds, model=model, split=split)
-        thr   = chosen[chosen.model == model].set_index('label').threshold.reindex(list(s.labels)).to_numpy(float)
+        thr   = chosen[chosen.model == model].set_index('label').threshold
+        if miss := [l for l in s.labels if l not in thr]: raise DataError(f'no threshold for {miss} of model {model!r}')
+        thr   = thr[list(s.labels)].to_numpy(float)
         units = units_of(len(s.df), s.df.patient_id if unit == 'patient' else None)
         yield model, s, thr, units, [(b if isinstance(b, str) else ' × '.join(b), groups_of(s.df, b)) for b in by]
 
@@ -59,24 +62,50 @@ def _in_group(s, inside):
     "Labels with everybody outside the group masked"
     return np.where(np.asarray(inside)[:,None], s.y, np.nan)
 
-# %% ../nbs/51_fairness.ipynb #359324ff
-def _group_rows(s, thr, units, inside, min_size, n_boot, level, seed):
-    "One row per label for the rows in `inside`"
-    y, pats = _in_group(s, inside), s.df.patient_id[inside].nunique()
-    small   = f'only {pats} patients (minimum {min_size})' if pats < min_size else ''
-    value   = metric_draws(y, s.score, thr, units, metrics=_ASKED)
-    draws   = metric_draws(y, s.score, thr, units, n_boot, seed, ('auroc',))['auroc'] if not small else None
-    for l, label in enumerate(s.labels):
+# %% ../nbs/51_fairness.ipynb #0ba01c55
+def _n_patients(s, inside):
+    "(L,) patients with a known label among the rows in `inside`"
+    return np.array([s.df.patient_id[np.asarray(inside) & ~np.isnan(t)].nunique() for t in s.y.T])
+
+def _common(values, small, without=None):
+    "Metric -> (L,) weights: 1 for labels with a value in every group; values: metric -> (1,L) per group"
+    w = {m: np.ones(v.shape[1]) for m, v in values[0].items()} if values else {}
+    for v, few in zip(values, small):
+        for m in w: w[m] = w[m]*(~np.isnan(v[m][0]) | few.all())
+    for m in w if without is not None else (): w[m][without] = 0
+    return w
+
+def _add_macro(d, w):
+    "Append the mean over labels as a last column"
+    return {m: np.column_stack([v, mean_over_labels(v, w[m])]) for m, v in d.items()}
+
+def _group_rows(s, thr, units, inside, value, w, min_size, n_boot, level, seed, intervals):
+    "One row per label for the rows in `inside`, and the macro row when there are weights"
+    y, pats = _in_group(s, inside), _n_patients(s, inside)
+    asked   = tuple(GROUP_METRICS[m] for m in intervals)
+    draws   = metric_draws(y, s.score, thr, units, n_boot, seed, asked) if (pats >= min_size).any() else {}
+    names   = list(s.labels)
+    if w:
+        value, draws = _add_macro(value, w), _add_macro(draws, w)
+        names, y = names + ['macro'], np.column_stack([y, np.where(np.isnan(y).all(1), np.nan, 1.)])
+        pats = np.r_[pats, s.df.patient_id[np.asarray(inside)].nunique()]
+    for l, label in enumerate(names):
         known = ~np.isnan(y[:,l])
-        row   = dict(label=label, n=int(known.sum()), n_patients=s.df.patient_id[known].nunique())
-        row  |= dict.fromkeys(['n_pos', 'prevalence', *GROUP_METRICS, 'auroc_lo', 'auroc_hi'], np.nan)
-        row['note'] = small
-        if not small:
-            i = interval(value['auroc'][0,l], draws[:,l], n=n_units(y[:,l], units), unit=units.name, level=level,
-                         note=why_missing(y[:,l], s.score[:,l]))
-            row |= dict(n_pos=int(np.nansum(y[:,l])), prevalence=float(y[known,l].mean()) if known.any() else np.nan)
+        row   = dict(label=label, n=int(known.sum()), n_patients=int(pats[l]))
+        row  |= dict.fromkeys(['n_pos', 'prevalence', *GROUP_METRICS, *(f'{m}_{e}' for m in intervals for e in ('lo', 'hi'))], np.nan)
+        row['note'] = f'only {pats[l]} patients (minimum {min_size})' if pats[l] < min_size else ''
+        if not row['note']:
+            gone = [k for k, u in zip(s.labels, w['auroc']) if not u] if label == 'macro' and w else []
+            why  = (f'without {", ".join(gone)}' if gone else '') if l == len(s.labels) else why_missing(y[:,l], s.score[:,l])
+            if l < len(s.labels):
+                row |= dict(n_pos=int(np.nansum(y[:,l])), prevalence=float(y[known,l].mean()) if known.any() else np.nan)
             row |= {m: float(value[v][0,l]) for m,v in GROUP_METRICS.items()}
-            row |= dict(auroc_lo=i.lo, auroc_hi=i.hi, note=i.note)
+            notes = [why]
+            for m in intervals:
+                i = interval(row[m], draws[GROUP_METRICS[m]][:,l], n=n_units(y[:,l], units), unit=units.name, level=level)
+                row |= {f'{m}_lo': i.lo, f'{m}_hi': i.hi}
+                notes.append('' if i.note == 'undefined' else i.note)
+            row['note'] = '; '.join(dict.fromkeys(filter(None, notes)))
         yield row
 
 def by_group(
@@ -91,17 +120,27 @@ def by_group(
     level:float=.95,                        # Coverage of the intervals
     seed:int=0,                             # Seed of the resamples, shared by all groups
     unit:str='patient',                     # What is resampled: 'patient' or 'image'
+    macro:bool=False,                       # Add the mean over labels (rows with label 'macro')
+    intervals:tuple=('auroc',),             # Metrics of `GROUP_METRICS` with an interval (<metric>_lo, <metric>_hi)
 ) -> pd.DataFrame:  # model, by, group, label, n, n_patients, n_pos, prevalence, auroc (lo, hi), accuracy, tpr, fpr, …
     "Metrics of every group"
+    if odd := set(intervals) - set(GROUP_METRICS):
+        raise ConfigError(f'no metric {sorted(odd)}; choose from {list(GROUP_METRICS)}')
     rows = []
     for model, s, thr, units, groupings in _groupings(preds, by, split, threshold, unit, intersections):
         for name, g in [('all', pd.Series('all', index=s.df.index))] + groupings:
-            for group in _sorted_names(g):
-                rows += [dict(model=model, by=name, group=group) | r | dict(threshold=thr[l], unit=unit) for l, r in
-                         enumerate(_group_rows(s, thr, units, (g == group).to_numpy(), min_size, n_boot, level, seed))]
+            names  = _sorted_names(g)
+            inside = [(g == k).to_numpy() for k in names]
+            values = [metric_draws(_in_group(s, k), s.score, thr, units, metrics=_ASKED) for k in inside]
+            small  = [_n_patients(s, k) < min_size for k in inside]
+            w = _common(*zip(*[(v, f) for k, v, f in zip(names, values, small) if k != 'unknown'] or [(values[0], small[0])])
+                        ) if macro else {}
+            for group, k, v in zip(names, inside, values):
+                for r, h in zip(_group_rows(s, thr, units, k, v, w, min_size, n_boot, level, seed, intervals), [*thr, np.nan]):
+                    rows.append(dict(model=model, by=name, group=group) | r | dict(threshold=h, unit=unit))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51_fairness.ipynb #c8a08834
+# %% ../nbs/51_fairness.ipynb #62608a64
 GAPS = dict(selection_rate_parity=('selection_rate',), equalised_odds=('tpr','fpr'), underdiagnosis=('fnr',),
             overdiagnosis=('fpr',), accuracy_gap=('accuracy',), auroc_gap=('auroc',))
 
@@ -126,6 +165,12 @@ def _group_draws(s, thr, units, g, use, n_boot, seed, metrics):
             [metric_draws(pool, s.score, thr, units, n_boot, seed, metrics, partial(_dealt, member, k, n_boot, seed))
              for k in range(len(use))])
 
+def _masked(s, g, use, cases, min_size):
+    "Values without the labels that too few patients of a group have"
+    for v, k in zip(cases[0], use):
+        few = _n_patients(s, g == k) < min_size
+        for x in v.values(): x[0, few] = np.nan
+
 def _gap(value, draws, dealt, groups, *, n, unit, level):
     "Largest difference between groups; value: (M,1,G), draws and dealt: (M,n_boot,G) for the M metrics of one gap"
     def span(v): return (np.fmax.reduce(v, axis=2)-np.fmin.reduce(v, axis=2)).max(0)
@@ -146,7 +191,7 @@ def _swapped(gap, label, no_finding):
         return ('fpr',) if gap == 'underdiagnosis' else ('fnr',)
     return GAPS[gap]
 
-# %% ../nbs/51_fairness.ipynb #46c5d917
+# %% ../nbs/51_fairness.ipynb #10c0b94d
 def gaps(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # As in `by_group`
@@ -160,6 +205,7 @@ def gaps(
     level:float=.95,                        # Coverage of the intervals
     seed:int=0,                             # Seed of the resamples, shared by all groups
     unit:str='patient',                     # What is resampled: 'patient' or 'image'
+    macro:bool=False,                       # Add the gaps of the mean over labels (label 'macro', `no_finding` left out)
 ) -> pd.DataFrame:  # model, by, label, gap, value, lo, hi, p, highest, lowest, n_groups, smallest, n, unit, note
     "The largest difference between groups, for every gap in `GAPS`"
     rows = []
@@ -168,9 +214,16 @@ def gaps(
             size = s.df.patient_id.groupby(g.to_numpy()).nunique().drop('unknown', errors='ignore')
             use  = sorted(size[size >= min_size].index)
             cases = _group_draws(s, thr, units, g, use, n_boot, seed, _ASKED) if use else ([], [], [])
-            for l, label in enumerate(s.labels):
+            _masked(s, g, use, cases, min_size)
+            names = list(s.labels)
+            known = np.where(g.isin(use).to_numpy()[:,None], s.y, np.nan)
+            if macro:
+                w = _common(cases[0], [np.zeros(1, bool)]*len(use), names.index(no_finding) if no_finding in names else None)
+                cases = [[_add_macro(d, w) for d in c] for c in cases]
+                names, known = names + ['macro'], np.column_stack([known, np.where(np.isnan(known).all(1), np.nan, 1.)])
+            for l, label in enumerate(names):
                 size_l = dict(n_groups=len(use), smallest=int(size[use].min()) if use else 0)
-                n = n_units(np.where(g.isin(use), s.y[:,l], np.nan), units)
+                n = n_units(known[:,l], units)
                 for gap in GAPS:
                     ms = [GROUP_METRICS[m] for m in _swapped(gap, label, no_finding)]
                     d  = [np.array([[x[m][:,l] for x in c] for m in ms]) for c in cases]
@@ -180,7 +233,7 @@ def gaps(
                                      highest=hi, lowest=lo, **size_l, n=i.n, unit=unit, note=i.note))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51_fairness.ipynb #ddaf63b1
+# %% ../nbs/51_fairness.ipynb #de1b641b
 def against_rest(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # As in `by_group`
@@ -193,6 +246,7 @@ def against_rest(
     level:float=.95,                        # Coverage of the intervals
     seed:int=0,                             # Seed of the resamples
     unit:str='patient',                     # What is resampled: 'patient' or 'image'
+    macro:bool=False,                       # Add the mean over labels (label 'macro')
 ) -> pd.DataFrame:  # model, by, group, label, metric, value, rest, difference, lo, hi, p, p_holm, n, n_patients, …
     "The metric of every group minus that of all others"
     if metric not in GROUP_METRICS: raise ConfigError(f'metric {metric!r} is none of {list(GROUP_METRICS)}')
@@ -204,11 +258,17 @@ def against_rest(
                 pats = s.df.patient_id[side == 'in'].nunique()
                 few  = f'only {pats} patients (minimum {min_size})' if pats < min_size else ''
                 case = _group_draws(s, thr, units, side, ['in', 'rest'], n_boot, seed, (key,))
+                if not few: _masked(s, side, ['in', 'rest'], case, min_size)
+                if macro:
+                    w    = _common(case[0], [np.zeros(1, bool)]*2)
+                    case = [[_add_macro(x, w) for x in c] for c in case]
                 v, d, q = ([x[key] for x in c] for c in case)
-                for l, label in enumerate(s.labels):
+                y = np.column_stack([s.y, np.where(np.isnan(s.y).all(1), np.nan, 1.)])
+                for l, label in enumerate([*s.labels, 'macro'] if macro else s.labels):
                     a, b  = (np.nan, np.nan) if few else (v[0][0,l], v[1][0,l])
-                    known = (side == 'in').to_numpy() & ~np.isnan(s.y[:,l])
-                    i = interval(a-b, d[0][:,l]-d[1][:,l], level=level, unit=unit, note=few,
+                    known = (side == 'in').to_numpy() & ~np.isnan(y[:,l])
+                    why = few if few or a-b == a-b else f'no value, or under {min_size} patients, in group or rest'
+                    i = interval(a-b, d[0][:,l]-d[1][:,l], level=level, unit=unit, note=why,
                                  n=n_units(np.where(known, 1, np.nan), units))
                     as_far = np.abs(q[0][:,l]-q[1][:,l]) >= abs(a-b)-1e-12
                     p = (1+as_far.sum())/(1+n_boot) if a-b == a-b else np.nan
