@@ -87,6 +87,8 @@ def test_people_are_counted_once():
     assert (count_people(half).query("sex == 'unknown'").n_patients.sum()
             == (r.df.groupby('patient_id').size() == 1).sum() + r.df[r.df.sex.isna()].groupby('patient_id').size().gt(1).sum())
     assert count_people(r.df.drop(columns='part')).part.unique().tolist() == ['all']
+    visits = pd.DataFrame(dict(patient_id='p', split='test', sex=[None, 'F', 'F'], age=[61., np.nan, 59.]))    # the youngest known age, in any order
+    assert count_people(visits).iloc[0, 1:].tolist() == ['test', 'F', '[30,60)', 1, 3]
 
 def test_images_per_patient_of_a_published_table():
     "NIH ChestX-ray14: mean 3.64, median 1, p99 35, max 184; 17,503 of 30,805 patients have one image"
@@ -270,7 +272,7 @@ def test_a_name_survives_a_csv(tmp_path):
 def test_names_are_not_made_of_glue():
     "Ids that hold quotes, commas and line ends cannot imitate another split"
     def named(*ids): return split_hash(Records(pd.DataFrame(dict(patient_id=ids, image_id=ids, path='x', split='train')), '.', ['x']))
-    assert len({named('a', 'b'), named('a\nb'), named('a", "train", ""]\n["b'), named('a,b')}) == 4
+    assert len({named('a', 'b'), named('a\nb'), named('a,train,\nb'), named('a", "train", ""]\n["b'), named('a,b')}) == 5
 
 def test_no_split_no_name():
     with pytest.raises(DataError, match='call split_patients'): split_hash(replace(cohort(5), df=cohort(5).df.assign(split=None)))
