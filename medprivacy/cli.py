@@ -19,7 +19,7 @@ from .evaluate import metrics_table
 from .fairness import by_group
 from .obfuscate import Obfuscator
 from .report import report
-from .settings import check_epsilons, check_settings
+from .settings import check_epsilons, check_settings, read_options
 from .study import (attack_stage, check_data, demo_stages, headline, obfuscate_stage, picture_stage,
                               study_records,
                               train_stage, utility_stage)
@@ -44,9 +44,18 @@ def _enough(records, bs, least, steps):
 def _show(df): print('\n' + df.to_string(index=False) + '\n')
 
 # %% ../nbs/70_cli.ipynb #c93dc727
-def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality='cxr', **cols):
-    "The section `data` of a run: a table if there is one, else phantoms"
-    check_settings(size=size, seed=seed, n_patients=n_patients, modality=modality)
+def _known(size, seed, dataset, csv, root, labels, options, unreadable):
+    "The section `data` of a run on a set that has a reader"
+    if csv is not None: raise ConfigError('--dataset and --csv exclude each other: a known set has its own table')
+    if root is None: raise ConfigError(f'--root is missing: name the folder of your copy of {dataset}')
+    return dict(phantom=False, dataset=dataset, root=str(root), labels=_items(labels) if labels else None,
+                options=read_options(options), size=size, seed=seed, name=dataset, unreadable=unreadable)
+
+def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality='cxr', dataset=None, options=None,
+          unreadable='raise', **cols):
+    "The section `data` of a run: a known set or a table if there is one, else phantoms"
+    check_settings(size=size, seed=seed, n_patients=n_patients, modality=modality, unreadable=unreadable)
+    if dataset is not None: return _known(size, seed, dataset, csv, root, labels, options, unreadable)
     if csv is None:
         return dict(phantom=True, modality=modality, n_patients=n_patients, size=size, seed=seed,
                     name=f'{modality} phantoms')
@@ -54,8 +63,8 @@ def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality
         raise ConfigError('--labels is missing: name the label columns of the table, e.g. --labels '
                           'effusion,cardiomegaly')
     root = Path(root or Path(csv).parent)
-    return dict(cols, phantom=False, csv=str(csv), root=str(root), labels=_items(labels), size=size, seed=seed,
-                name=root.name)
+    return dict(cols, phantom=False, unreadable=unreadable, csv=str(csv), root=str(root), labels=_items(labels), size=size,
+                seed=seed, name=root.name)
 
 def _open(out, data, attribute, resume, overwrite) -> Run:
     if resume and not overwrite:
@@ -68,8 +77,10 @@ def _open(out, data, attribute, resume, overwrite) -> Run:
 
 # %% ../nbs/70_cli.ipynb #4c736d72
 def _data_args(
-    csv:str=None,                   # Table with one row per image; without it, phantoms are drawn
-    root:str=None,                  # Folder to which image paths are relative; default: that of the table
+    dataset:str=None,               # A set with a reader, e.g. nih_cxr14 or brset; needs --root
+    options:str=None,               # Arguments of that reader, e.g. uncertain=ones,missing=drop
+    csv:str=None,                   # Any table with one row per image; without it and --dataset, phantoms are drawn
+    root:str=None,                  # Folder of the data set, or to which image paths are relative (default: the table's)
     labels:str=None,                # Label columns, separated by commas
     folder:str='',                  # Folder below root that holds the images
     ext:str='',                     # Added to each file name, e.g. .jpg
@@ -78,6 +89,7 @@ def _data_args(
     sex:str='sex',                  # Column with the sex
     age:str='age',                  # Column with the age
     sex_codes:str=None,             # Codes of the sex column, e.g. 1=M,2=F
+    unreadable:str='raise',         # Images that cannot be decoded: raise, or quarantine (leave out and list)
     n_patients:int=600,             # Phantom patients
     modality:str='cxr',             # Phantoms: cxr or fundus
 ) -> None: pass

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_text', 'to_markdown', 'to_latex', 'save_table', 'methods_paragraph']
 
-# %% ../nbs/61c_paper.ipynb #26e72907
+# %% ../nbs/61c_paper.ipynb #8ff4a9b4
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 from .core import ConfigError, DataError, Run, add_record, atomic_write, open_run
 from .findings import with_interval
 
-# %% ../nbs/61c_paper.ipynb #8b2465bc
+# %% ../nbs/61c_paper.ipynb #95fcae16
 _SHORT = dict(auroc='AUROC', auprc='AUPRC', ppv='PPV', npv='NPV', f1='F1', ece='ECE', fpr='FPR', fnr='FNR', n='n')
 
 def in_text(
@@ -36,7 +36,7 @@ def in_text(
     sizes = {c.replace('n_patients', 'patients'): df[c].astype(str) for c in ('n', 'n_patients') if c in df}
     return out.assign(**sizes).reset_index(drop=True)
 
-# %% ../nbs/61c_paper.ipynb #1e87c0f7
+# %% ../nbs/61c_paper.ipynb #3720b13b
 def to_markdown(
     df:pd.DataFrame,     # A table of text
 ) -> str:                # Pipe table; a pipe inside a cell is escaped
@@ -54,7 +54,7 @@ def to_latex(
     kw = dict(caption=caption) if caption else {}
     return text.to_latex(index=False, escape=True, column_format='l'*text.shape[1], label=label or None, **kw)
 
-# %% ../nbs/61c_paper.ipynb #e32a2fc6
+# %% ../nbs/61c_paper.ipynb #db205a4c
 def save_table(
     df:pd.DataFrame,     # A table of text
     path:str|Path,       # Without ending: .csv, .md and .tex are written
@@ -66,7 +66,7 @@ def save_table(
     made = {'.csv': df.to_csv(index=False), '.md': to_markdown(df), '.tex': to_latex(df, caption, f'tab:{path.name}')}
     return [atomic_write(path.with_name(path.name+e), text) for e,text in made.items()]
 
-# %% ../nbs/61c_paper.ipynb #d258f4d0
+# %% ../nbs/61c_paper.ipynb #afb72994
 def _n(k, one, many=None): return f'{k:,} {one if k == 1 else many or one + "s"}'.replace(',', '\u202f')
 def _join(items): return ' and '.join([', '.join(items[:-1]), items[-1]]) if len(items) > 1 else ''.join(items)
 
@@ -87,7 +87,7 @@ def _obfuscate_said(r):
             f"{_n(r['images'], 'image')} of {_n(r['patients'], 'patient')} for {_n(r['epochs'], 'epoch')} "
             f"(attack term {r['attack']}, seed {r['seed']}).")
 
-# %% ../nbs/61c_paper.ipynb #883d6e52
+# %% ../nbs/61c_paper.ipynb #5c95a147
 def _boot_said(r, of='of each estimate'):
     return (f"Intervals {of} are {r['level']:.0%} {r['interval']} intervals of {_n(r['n_boot'], 'bootstrap resample')} "
             f"of {r['unit']}s.")
@@ -103,13 +103,15 @@ def _evaluate_said(r):
     return (f"Performance of {_join(r['conditions'])} was measured on {_n(r['images'], 'image')} of "
             f"{_n(r['patients'], 'patient')}.{rule} {_boot_said(r)}")
 
-# %% ../nbs/61c_paper.ipynb #fe8a67d2
+# %% ../nbs/61c_paper.ipynb #ebe95d43
 def _private_said(r):
     one = (f"A classifier ({r['arch']}) was trained for {_n(r['epochs'], 'epoch')} without privacy and for "
            f"{_n(r['private_epochs'], 'epoch')} with differentially private SGD")
+    if not r['private']: return f"{one} in test mode, with noise from a known seed: it has no privacy guarantee."
+    more = f" Further targets gave ε = {_join([f'{e:.2f}' for e in r['all_eps'][1:]])}." if r['all_eps'][1:] else ''
     return (f"{one} (clipping norm {r['max_grad_norm']:g}, noise multiplier {r['noise_multiplier']:.3g}, {r['sampling']} "
             f"sampling at rate {r['sample_rate']:.3g}, {_n(r['steps'], 'step')}): (ε = {r['eps']:.2f}, δ = {r['delta']:.1e}) "
-            f"by the {r['accountant'].upper()} accountant, for {r['neighbours']} neighbours, unit of privacy: one {r['unit']}." +
+            f"by the {r['accountant'].upper()} accountant, for {r['neighbours']} neighbours, unit of privacy: one {r['unit']}.{more}" +
             (f" Not covered by this budget: {'; '.join(r['unaccounted'])}." if r.get('unaccounted') else ''))
 
 def _against_said(r):
@@ -119,7 +121,7 @@ def _against_said(r):
 _SAID = dict(data=_data_said, split=_split_said, obfuscate=_obfuscate_said, attack=_attack_said, train=_private_said,
              evaluate=_evaluate_said, against=_against_said)
 
-# %% ../nbs/61c_paper.ipynb #56547182
+# %% ../nbs/61c_paper.ipynb #892ad91f
 def methods_paragraph(
     run:Run|str|Path|Mapping,    # A run, its folder, or its record
 ) -> str:                        # English sentences, one per recorded stage

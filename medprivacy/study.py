@@ -22,11 +22,14 @@ from fastai.optimizer import Adam
 
 import medprivacy.dp.callback
 from .attack import attack_attribute, matched_noise, mean_change
-from .core import ConfigError, Run, add_config, add_summary, add_table, atomic_write, seed_everything, stage
-from .data.core import Predictions, Records, concat_predictions, read_table, save_predictions
+from .core import (ConfigError, Run, add_config, add_record, add_summary, add_table, atomic_write,
+                             seed_everything, stage)
+from .data.cohort import split_hash
+from .data.core import SPLITS, Predictions, Records, concat_predictions, read_table, save_predictions
 from .data.load import load_images, records_dls
 from .data.phantom import make_phantom, read_phantom
-from .data.split import assign_parts, split_patients
+from .data.registry import read_dataset
+from .data.split import complete_split
 from .evaluate import auroc_ci, metrics_table
 from .fairness import by_group
 from .leakage import leakage_table
@@ -36,7 +39,8 @@ from .probe import ProbeLoss, probe_predictions, scores_of_model, train_probe
 from .visualize import count_people, show_views
 
 # %% ../nbs/65_study.ipynb #9215b52f
-_FRACS = (.6, .1, .3)    # of patients: a third for testing, since intervals over few patients are wide
+_FRACS  = (.6, .1, .3)    # of patients: a third for testing, since intervals over few patients are wide
+_ATTACK = .5              # share of patients kept for attackers
 
 def _phantoms(run, d):
     root = run.path/'phantoms'
@@ -44,6 +48,7 @@ def _phantoms(run, d):
     return make_phantom(root, d['modality'], d['n_patients'], size=d['size'], seed=d['seed'])
 
 def _table(d):
+    if 'dataset' in d: return read_dataset(d['dataset'], d['root'], d.get('labels'), **d.get('options', {}))
     cols = {k: d[k] or None for k in ('image', 'patient', 'sex', 'age') if k in d}    # '': there is none
     codes = dict(kv.partition('=')[::2] for kv in d['sex_codes'].split(',')) if d.get('sex_codes') else None
     return read_table(d['csv'], d['root'], d['labels'], folder=d.get('folder', ''), ext=d.get('ext', ''),
@@ -56,15 +61,26 @@ def check_data(
     if not data['phantom']: load_images(_table(data), 8, 1)
 
 # %% ../nbs/65_study.ipynb #341ffd94
+def _sizes(records):
+    "Images, and patients where they are known: the sample a sentence names"
+    return dict(images=len(records), patients=records.df.patient_id.nunique() if records.patient_known else None)
+
+def _record_data(run, records, official):
+    d = run.config['data']
+    add_record(run, 'data', name=d['name'], phantom=d['phantom'], labels=records.labels, **_sizes(records))
+    add_record(run, 'split', seed=d['seed'], official=official, attack=_ATTACK, hash=split_hash(records),
+               sizes={s: _sizes(records.select(split=s)) for s in SPLITS})
+
 def study_records(
     run:Run,         # Its section `data` says where the images are
 ) -> Records:        # With split and part
     "Read or draw the images of a run and split their patients"
     d = run.config['data']
     recs = _phantoms(run, d) if d['phantom'] else _table(d)
-    if recs.df.split.notna().all(): recs = assign_parts(recs, stratify='sex', seed=d['seed'])
-    else: recs = split_patients(recs, _FRACS, stratify='sex', seed=d['seed'])
+    official = bool(recs.df.split.notna().any())
+    recs = complete_split(recs, _FRACS, stratify='sex', seed=d['seed'], attack=_ATTACK)
     add_table(run, 'demographics', count_people(recs))
+    _record_data(run, recs, official)
     return recs
 
 # %% ../nbs/65_study.ipynb #7f4700e9
@@ -77,6 +93,8 @@ def obfuscate_stage(
     obf = train_obfuscator(records, run.config['attribute'], **settings)
     obf.save(run.path/'model')
     add_table(run, 'metrics', obf.history)
+    used = {k: obf.config[k] for k in ('maker', 'attack', 'attribute', 'attackers', 'epochs', 'seed')}
+    add_record(run, 'obfuscate', **used, images=obf.config['n_images'], patients=obf.config['n_patients'])
     return obf
 
 def picture_stage(
@@ -93,7 +111,7 @@ def picture_stage(
     return add_summary(run, {'obfuscated.mean_change': dict(value=mean_change(obfuscator, x), n=len(x))})
 
 # %% ../nbs/65_study.ipynb #aa0bd77d
-_SETTINGS = ('size', 'epochs', 'bs', 'seed', 'device', 'draws', 'patience')
+_BOOT = dict(level=.95, interval='percentile', unit='patient')    # what the tables of a run are made with
 
 def _conditions(obfuscator, noise):
     found = {'raw': dict(obfuscator=None)}
@@ -129,6 +147,9 @@ def attack_stage(
         if name == 'shuffled': _control(run, preds, a, n_boot)
     table = pd.concat(tables, ignore_index=True)
     add_table(run, 'attack', table); add_table(run, 'history', pd.concat(curves, ignore_index=True))
+    test = records.select(part='attack', split='test')
+    add_record(run, 'attack', attribute=a, archs=archs, epochs=kw.get('epochs'), draws=kw.get('draws'),
+               conditions=list(table.condition.unique()), **_BOOT, n_boot=n_boot, **_sizes(test))
     best = table[table.model == 'strongest']
     add_summary(run, {f'{r.condition}.{a}.leakage': dict(value=r.leakage, lo=r.lo, hi=r.hi, n=r.n)
                       for r in best.itertuples() if r.condition != 'shuffled'})
@@ -150,6 +171,9 @@ def _write_utility(run, preds, n_boot):
     use = metrics_table(preds, n_boot=n_boot).rename(columns={'model': 'condition'})
     add_table(run, 'utility', use)
     add_table(run, 'groups', by_group(preds, n_boot=n_boot).rename(columns={'model': 'condition'}))
+    test = preds.df[preds.df.split == 'test'].drop_duplicates('image_id')
+    add_record(run, 'evaluate', conditions=list(use.condition.unique()), rule='youden', chosen_on='validation', **_BOOT,
+               n_boot=n_boot, images=len(test), patients=test.patient_id.nunique())
     best = use[use.label == 'macro']
     add_summary(run, {f'{r.condition.replace(" ", "_")}.disease.auroc': dict(value=r.auroc, lo=r.auroc_lo,
                                                                              hi=r.auroc_hi, n=r.n)
@@ -237,6 +261,8 @@ def train_stage(
         preds.append(probe_predictions(learn.model, dls, ProbeLoss('binary'), records.labels, name, run.path.name))
         rows.append((name, learn.dp.spent)); print(f'  {learn.dp.spent}')
     _write_privacy(run, rows[0][1])
+    add_record(run, 'train', arch=arch, epochs=epochs, private_epochs=private_epochs, max_grad_norm=max_grad_norm, lr=lr,
+               **asdict(rows[0][1]), unaccounted=UNACCOUNTED, all_eps=[s.eps for _,s in rows])
     use = _write_utility(run, concat_predictions(preds), n_boot)
     _write_eps(run, use, dict((n, s.eps) for n,s in rows))
     return use
