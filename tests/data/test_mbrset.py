@@ -64,6 +64,15 @@ def test_one_image_is_missing(root, capsys):
     with pytest.raises(DataError, match=r'985\.1'): read(root, missing='raise')
 
 
+def test_missing_images_are_skipped_by_default(root): assert len(read_mbrset(root)) == len(raw(root)) - 1
+
+
+def test_file_of_another_patient(root):
+    "A table sorted by single columns gives people the eyes of others"
+    put(root, 'file', '2.1.jpg'); put(root, 'file', '1.1.jpg', row=4)
+    with pytest.raises(DataError, match='2.1.jpg'): read(root)
+
+
 def test_four_images_of_a_patient_stay_together(root):
     recs = split_patients(read(root)[0], (.5, .25, .25))
     per = recs.df.groupby('patient_id')

@@ -217,6 +217,23 @@ def test_no_keywords_is_unknown(book, text):
     else: assert classes(recs, '0_left.jpg') is None, 'never a silent zero'
 
 
+def test_keywords_are_compared_with_the_patient(book, capsys):
+    "A finding in words that the reader does not know is noticed, because the patient's own columns say otherwise"
+    read_odir(book); assert 'patient columns' not in capsys.readouterr().out
+    put(book, 'Left-Diagnostic Keywords', 'clouded lens'); read_odir(book)
+    assert 'patient columns for 1 of 20 patients' in capsys.readouterr().out
+
+
+def test_patient_column_with_an_unknown_code(book):
+    put(book, 'G', 2)
+    with pytest.raises(DataError, match="'G'"): read_odir(book)
+
+
+def test_unusable_photographs_can_be_kept(book):
+    recs = read_odir(book, unusable='keep'); df = eyes(recs)
+    assert len(df) == 40 and classes(recs, '6_left.jpg') is None and df.remarks['3_right.jpg'] == 'lens dust' and classes(recs, '3_right.jpg') == 'N'
+
+
 def test_chosen_labels(book):
     first = read_odir(book).labels[:2]
     assert read_odir(book, list(first)).labels == first
