@@ -6,7 +6,7 @@
 __all__ = ['SECTIONS', 'RACES', 'section_labels', 'race_groups', 'add_demographics', 'fake_demographics', 'fake_chexpert_plus',
            'read_chexpert_plus']
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #d103eac7
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #5e5519aa
 import json
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ from .core import Records
 from .fake import fake_image, write_csv, write_xlsx
 from .source import _say_counts, find_file, finish, map_codes, need_parts, read_csv, read_xlsx
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #a85275db
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #22bb2f34
 SECTIONS = ('impression', 'findings', 'report')
 
 def _read_lines(path, labels):
@@ -58,7 +58,7 @@ def section_labels(
     y.loc[~have] = np.nan
     return y
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #7f51ca32
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #d782b74b
 _PATH = re.compile(r'(?:PNG/PNG/)?((?:train|valid)/(patient\d+)/(study\d+)/[\w-]+)\.(?:jpg|png)')
 
 def _split_paths(t):
@@ -75,7 +75,7 @@ def _split_paths(t):
                              patient_id=folder.groupby(t.deid_patient_id).transform('min'),
                              study_id=[f'{k[2]}/{k[3]}' for k in m]), index=t.index)
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #c48a4e2f
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #fcc488d7
 RACES = {'white': 'white', 'white or caucasian': 'white', 'caucasian': 'white', 'black': 'black',
          'black or african american': 'black', 'african american': 'black', 'asian': 'asian',
          'asian - historical conv': 'asian', 'native american': 'native american',
@@ -94,26 +94,28 @@ def race_groups(
     text = text.str.replace(r',\s*(non-)?hispanic\s*$', '', case=False, regex=True)
     return map_codes(text, RACES | (races or {}), "race, to be extended with races={'spelling': 'group'}")
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #5459a2f6
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #78ddd81d
 def add_demographics(
     records:Records,       # Of CheXpert or CheXpert Plus
     xlsx:str|Path,         # `CHEXPERT DEMO.xlsx`, from the same portal
     races:dict=None,       # Further spellings of race; see `race_groups`
 ) -> Records:              # The same rows with columns `race` and `ethnicity`
     "Join race and ethnicity on the name of the patient's folder"
-    t = read_xlsx(xlsx, ('PATIENT', 'PRIMARY_RACE', 'ETHNICITY')).set_index('PATIENT')
+    t = read_xlsx(xlsx, ('PATIENT', 'PRIMARY_RACE', 'ETHNICITY'))
+    t = t.assign(race=race_groups(t.PRIMARY_RACE, races))[['PATIENT', 'race', 'ETHNICITY']].drop_duplicates()
+    t = t.set_index('PATIENT')
     if t.index.has_duplicates:
-        raise DataError(f'{xlsx}: patient {t.index[t.index.duplicated()][0]!r} has several rows; keep one')
+        raise DataError(f'{xlsx}: the rows of patient {t.index[t.index.duplicated()][0]!r} disagree; keep one')
     folder = records.df.path.str.extract(r'(?:^|/)(patient\d+)/')[0]
     if folder.isna().any():
         raise DataError(f'{records.name}: path {records.df.path[folder.isna()].iloc[0]!r} holds no patient folder; '
                         'these demographics belong to CheXpert and CheXpert Plus')
-    race, has_row = race_groups(t.PRIMARY_RACE, races), folder.isin(t.index)
+    has_row = folder.isin(t.index)
     print(f'{records.name}: {folder[has_row].nunique()} of {folder.nunique()} patients have a row in {Path(xlsx).name}')
-    return records._with(records.df.assign(race=folder.map(race).where(has_row, 'unknown'),
+    return records._with(records.df.assign(race=folder.map(t.race).where(has_row, 'unknown'),
                                            ethnicity=folder.map(t.ETHNICITY)))
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #04f69ca2
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #7b737b05
 _FAKE_RACES = ['White', 'White, non-Hispanic', 'Asian', 'Black or African American', 'Other', 'Unknown', None]
 _FAKE_TEXT  = 'INVENTED REPORT, for tests:\n1. no patient,\n"no" finding.'
 
@@ -129,7 +131,7 @@ def fake_demographics(
                            ETHNICITY=np.resize(['Non-Hispanic/Non-Latino', 'Hispanic/Latino', 'Unknown'], n)))
     return write_xlsx(Path(root)/'CHEXPERT DEMO.xlsx', df.sample(frac=1, random_state=seed))
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #18e22bf0
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #d5a0e9bb
 def _fake_table(im, seed):
     "The main table for the images of `_fake_views`"
     first = ~im.number.duplicated()
@@ -144,7 +146,7 @@ def _fake_table(im, seed):
         df.loc[first & (im.number == number), column] = value
     return df
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #f21dbb19
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #bad483d4
 def fake_chexpert_plus(
     root:str|Path,         # Folder to make
     n_patients:int=20,     # At least 10
@@ -167,7 +169,7 @@ def fake_chexpert_plus(
     fake_demographics(root, [f'patient{k:05d}' for k in im.number.unique()], seed)
     return root
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #a312fff2
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #569c6f08
 _ACCESS  = 'register at https://aimi.stanford.edu (Stanford research use agreement; CheXpert Plus)'
 _COLUMNS = ('path_to_image', 'frontal_lateral', 'ap_pa', 'deid_patient_id', 'age', 'sex', 'race', 'ethnicity', 'split')
 

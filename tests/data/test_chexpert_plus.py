@@ -279,6 +279,11 @@ def test_patient_with_two_races_is_refused(broken):
     redemo(broken, lambda df: pd.concat([df, df[df.PRIMARY_RACE == 'White'].assign(PRIMARY_RACE='Asian')]))
     with pytest.raises(DataError): add_demographics(read_chexpert_plus(broken), broken/DEMO)
 
+def test_rows_of_a_patient_that_agree(broken):
+    redemo(broken, lambda df: pd.concat([df, df[:3]]))
+    r = read_chexpert_plus(broken)
+    assert len(add_demographics(r, broken/DEMO)) == len(r)
+
 @pytest.mark.parametrize('column', ['PATIENT', 'PRIMARY_RACE', 'ETHNICITY'])
 def test_missing_column_of_the_workbook_is_named(broken, column):
     redemo(broken, lambda df: df.drop(columns=column))
