@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'score_bins', 'calibration_curve', 'calibration_error', 'calibration_table']
 
-# %% ../nbs/50c_calibration.ipynb #4b626d4f
+# %% ../nbs/50c_calibration.ipynb #9525a328
 import numpy as np
 import pandas as pd
 
@@ -16,7 +16,7 @@ from .metrics import mean_over_labels, n_units
 from .resample import Units, bootstrap_sums, interval, unit_sums, units_of
 from .thresholds import check_scores
 
-# %% ../nbs/50c_calibration.ipynb #2241d9df
+# %% ../nbs/50c_calibration.ipynb #508a2d59
 STRATEGIES = 'mass', 'width'
 
 def score_bins(
@@ -35,7 +35,7 @@ def score_bins(
     edges = q if strategy == 'width' or not len(s) else np.quantile(s, q)
     return np.searchsorted(edges[1:-1], s)
 
-# %% ../nbs/50c_calibration.ipynb #a3a95d14
+# %% ../nbs/50c_calibration.ipynb #9ae31a73
 def _binned(t, s, units, bins, strategy):
     "Known rows of one label as columns [count, positives, scores] of each bin, per unit: (m,3,B)"
     k    = ~np.isnan(t)
@@ -74,7 +74,7 @@ def calibration_curve(
     cols = ['label', 'bin', 'score', 'observed', 'lo', 'hi', 'n', 'n_units', 'unit', 'note']
     return pd.DataFrame(rows, columns=cols)
 
-# %% ../nbs/50c_calibration.ipynb #6130abc3
+# %% ../nbs/50c_calibration.ipynb #641ebedc
 def _errors(n, d, norm):
     "Calibration error from counts and summed differences of the bins (…,B)"
     gap = np.abs(np.nan_to_num(_share(d, n)))
@@ -83,7 +83,7 @@ def _errors(n, d, norm):
     return _share((n*gap**(2 if norm == 'l2' else 1)).sum(-1), tot)
 
 def _noise(per):
-    "Per bin: share of the images, and variance of the mean difference over units (never above its square when one unit)"
+    "Per bin: share of the images, and variance of the mean difference over units (its square for one unit)"
     n, d = per[:,0].sum(0), (per[:,1]-per[:,2]).sum(0)
     mean = np.nan_to_num(_share(d, n))
     u    = (per[:,0] > 0).sum(0)
@@ -112,7 +112,7 @@ def calibration_error(
         out.append(e**.5 if norm == 'l2' else e)
     return np.array(out, dtype=float)
 
-# %% ../nbs/50c_calibration.ipynb #8f854d5a
+# %% ../nbs/50c_calibration.ipynb #61ca192d
 _WITH_CI = 'bias', 'rmsce', 'brier'
 
 def _label_draws(t, s, units, bins, strategy, n_boot, seed):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP_METRICS', 'GAPS', 'groups_of', 'by_group', 'gaps', 'against_rest']
 
-# %% ../nbs/51_fairness.ipynb #cf3493ab
+# %% ../nbs/51_fairness.ipynb #bd9fd7be
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from .evaluate import resolve_thresholds, scores_of
 from .metrics import mean_over_labels, metric_draws, n_units, why_missing
 from .resample import holm, interval, units_of
 
-# %% ../nbs/51_fairness.ipynb #38d88090
+# %% ../nbs/51_fairness.ipynb #106b31be
 def groups_of(
     df:pd.DataFrame,    # Rows of predictions
     by:str|tuple,       # A column, 'age_band' (made from age), or a tuple of them: their intersection
@@ -35,7 +35,7 @@ def groups_of(
     null = np.any([c.isna() for c in cols], axis=0)
     return pd.Series(['unknown' if n else ' × '.join(map(str, v)) for n, *v in zip(null, *cols)], index=df.index)
 
-# %% ../nbs/51_fairness.ipynb #f857cd9d
+# %% ../nbs/51_fairness.ipynb #4cedebd5
 GROUP_METRICS = dict(auroc='auroc', accuracy='accuracy', tpr='sensitivity', fpr='fpr', fnr='fnr',
                      selection_rate='selection_rate')
 _ASKED = tuple(GROUP_METRICS.values())
@@ -62,7 +62,7 @@ def _in_group(s, inside):
     "Labels with everybody outside the group masked"
     return np.where(np.asarray(inside)[:,None], s.y, np.nan)
 
-# %% ../nbs/51_fairness.ipynb #0ba01c55
+# %% ../nbs/51_fairness.ipynb #ea5223eb
 def _n_patients(s, inside):
     "(L,) patients with a known label among the rows in `inside`"
     return np.array([s.df.patient_id[np.asarray(inside) & ~np.isnan(t)].nunique() for t in s.y.T])
@@ -83,31 +83,37 @@ def _group_rows(s, thr, units, inside, value, w, min_size, n_boot, level, seed, 
     "One row per label for the rows in `inside`, and the macro row when there are weights"
     y, pats = _in_group(s, inside), _n_patients(s, inside)
     asked   = tuple(GROUP_METRICS[m] for m in intervals)
-    draws   = metric_draws(y, s.score, thr, units, n_boot, seed, asked) if (pats >= min_size).any() else {}
+    enough  = s.df.patient_id[np.asarray(inside)].nunique() >= min_size
+    draws   = metric_draws(y, s.score, thr, units, n_boot, seed, asked) if enough else {}
     names   = list(s.labels)
+    why     = [why_missing(*v) for v in zip(y.T, s.score.T)]
     if w:
         value, draws = _add_macro(value, w), _add_macro(draws, w)
         names, y = names + ['macro'], np.column_stack([y, np.where(np.isnan(y).all(1), np.nan, 1.)])
         pats = np.r_[pats, s.df.patient_id[np.asarray(inside)].nunique()]
+        gone = [k for k, u in zip(s.labels, w['auroc']) if not u]
+        why.append(f'without {", ".join(gone)}' if gone else '')
     for l, label in enumerate(names):
         known = ~np.isnan(y[:,l])
         row   = dict(label=label, n=int(known.sum()), n_patients=int(pats[l]))
-        row  |= dict.fromkeys(['n_pos', 'prevalence', *GROUP_METRICS, *(f'{m}_{e}' for m in intervals for e in ('lo', 'hi'))], np.nan)
+        row  |= dict.fromkeys(['n_pos', 'prevalence', *GROUP_METRICS,
+                               *(f'{m}_{e}' for m in intervals for e in ('lo', 'hi'))], np.nan)
         row['note'] = f'only {pats[l]} patients (minimum {min_size})' if pats[l] < min_size else ''
         if not row['note']:
-            gone = [k for k, u in zip(s.labels, w['auroc']) if not u] if label == 'macro' and w else []
-            why  = (f'without {", ".join(gone)}' if gone else '') if l == len(s.labels) else why_missing(y[:,l], s.score[:,l])
             if l < len(s.labels):
-                row |= dict(n_pos=int(np.nansum(y[:,l])), prevalence=float(y[known,l].mean()) if known.any() else np.nan)
+                row |= dict(n_pos=int(np.nansum(y[:,l])),
+                            prevalence=float(y[known,l].mean()) if known.any() else np.nan)
             row |= {m: float(value[v][0,l]) for m,v in GROUP_METRICS.items()}
-            notes = [why]
+            notes = [why[l]]
             for m in intervals:
-                i = interval(row[m], draws[GROUP_METRICS[m]][:,l], n=n_units(y[:,l], units), unit=units.name, level=level)
+                i = interval(row[m], draws[GROUP_METRICS[m]][:,l], n=n_units(y[:,l], units), unit=units.name,
+                             level=level)
                 row |= {f'{m}_lo': i.lo, f'{m}_hi': i.hi}
                 notes.append('' if i.note == 'undefined' else i.note)
             row['note'] = '; '.join(dict.fromkeys(filter(None, notes)))
         yield row
 
+# %% ../nbs/51_fairness.ipynb #891ccbee
 def by_group(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # Columns, each a grouping of its own; a tuple in it is an intersection
@@ -133,14 +139,15 @@ def by_group(
             inside = [(g == k).to_numpy() for k in names]
             values = [metric_draws(_in_group(s, k), s.score, thr, units, metrics=_ASKED) for k in inside]
             small  = [_n_patients(s, k) < min_size for k in inside]
-            w = _common(*zip(*[(v, f) for k, v, f in zip(names, values, small) if k != 'unknown'] or [(values[0], small[0])])
-                        ) if macro else {}
+            count  = range(len(set(names)-{'unknown'}) or 1)        # 'unknown' is last
+            w      = _common([values[j] for j in count], [small[j] for j in count]) if macro else {}
             for group, k, v in zip(names, inside, values):
-                for r, h in zip(_group_rows(s, thr, units, k, v, w, min_size, n_boot, level, seed, intervals), [*thr, np.nan]):
+                for r, h in zip(_group_rows(s, thr, units, k, v, w, min_size, n_boot, level, seed, intervals),
+                                [*thr, np.nan]):
                     rows.append(dict(model=model, by=name, group=group) | r | dict(threshold=h, unit=unit))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51_fairness.ipynb #62608a64
+# %% ../nbs/51_fairness.ipynb #712cd833
 GAPS = dict(selection_rate_parity=('selection_rate',), equalised_odds=('tpr','fpr'), underdiagnosis=('fnr',),
             overdiagnosis=('fpr',), accuracy_gap=('accuracy',), auroc_gap=('auroc',))
 
@@ -191,7 +198,7 @@ def _swapped(gap, label, no_finding):
         return ('fpr',) if gap == 'underdiagnosis' else ('fnr',)
     return GAPS[gap]
 
-# %% ../nbs/51_fairness.ipynb #10c0b94d
+# %% ../nbs/51_fairness.ipynb #65b7ef0c
 def gaps(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # As in `by_group`
@@ -205,7 +212,7 @@ def gaps(
     level:float=.95,                        # Coverage of the intervals
     seed:int=0,                             # Seed of the resamples, shared by all groups
     unit:str='patient',                     # What is resampled: 'patient' or 'image'
-    macro:bool=False,                       # Add the gaps of the mean over labels (label 'macro', `no_finding` left out)
+    macro:bool=False,                       # Add the mean over labels (`no_finding` left out) as label 'macro'
 ) -> pd.DataFrame:  # model, by, label, gap, value, lo, hi, p, highest, lowest, n_groups, smallest, n, unit, note
     "The largest difference between groups, for every gap in `GAPS`"
     rows = []
@@ -218,7 +225,8 @@ def gaps(
             names = list(s.labels)
             known = np.where(g.isin(use).to_numpy()[:,None], s.y, np.nan)
             if macro:
-                w = _common(cases[0], [np.zeros(1, bool)]*len(use), names.index(no_finding) if no_finding in names else None)
+                w = _common(cases[0], [np.zeros(1, bool)]*len(use),
+                            names.index(no_finding) if no_finding in names else None)
                 cases = [[_add_macro(d, w) for d in c] for c in cases]
                 names, known = names + ['macro'], np.column_stack([known, np.where(np.isnan(known).all(1), np.nan, 1.)])
             for l, label in enumerate(names):
@@ -233,7 +241,7 @@ def gaps(
                                      highest=hi, lowest=lo, **size_l, n=i.n, unit=unit, note=i.note))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51_fairness.ipynb #de1b641b
+# %% ../nbs/51_fairness.ipynb #fe7d1360
 def against_rest(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # As in `by_group`

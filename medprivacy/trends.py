@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Correlation', 'pearson', 'performance_loss', 'loss_correlations', 'gaps_by_epsilon', 'gap_correlations']
 
-# %% ../nbs/51a_trends.ipynb #98932a07
+# %% ../nbs/51a_trends.ipynb #6d391555
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .fairness import GROUP_METRICS, groups_of
 from .metrics import mean_over_labels, metric_draws
 from .resample import interval, units_of
 
-# %% ../nbs/51a_trends.ipynb #426e3261
+# %% ../nbs/51a_trends.ipynb #2181cc20
 @dataclass(frozen=True)
 class Correlation:
     "Pearson's r over a few points, with Fisher's interval over the points and a bootstrap interval over patients"
@@ -62,12 +62,13 @@ def pearson(
     lo, hi = res.confidence_interval(level) if n > 3 else (-1., 1.)
     ends, note = (np.nan, np.nan), '' if n > 3 else '3 points: the interval over points is empty of information'
     if x_draws is not None or y_draws is not None:
-        like = x_draws if x_draws is not None else y_draws
-        r = _rowwise_r(*(np.broadcast_to(v if d is None else d, like.shape)[:,ok] for v, d in ((x, x_draws), (y, y_draws))))
+        like = (x_draws if x_draws is not None else y_draws).shape
+        both = [np.broadcast_to(v if d is None else d, like)[:,ok] for v, d in ((x, x_draws), (y, y_draws))]
+        r    = _rowwise_r(*both)
         if not np.isnan(r).all(): ends = np.nanquantile(r, [(1-level)/2, (1+level)/2])
     return Correlation(*map(float, (res.statistic, lo, hi, res.pvalue)), n, *map(float, ends), note)
 
-# %% ../nbs/51a_trends.ipynb #e9a34a0d
+# %% ../nbs/51a_trends.ipynb #7f6e0718
 def _thresholds(preds, threshold, split, labels, model):
     t = resolve_thresholds(preds, threshold, split)
     return t[t.model == model].set_index('label').threshold.reindex(list(labels)).to_numpy(float)
@@ -81,7 +82,8 @@ def _masks(df, y, by, min_size):
 
 def _point_draws(s, thr, units, points, metric, n_boot, seed):
     "(1+n_boot,K) the metric of every point: first row the sample, then resamples"
-    def both(y): return np.concatenate([metric_draws(y, s.score, thr, units, k, seed, (metric,))[metric] for k in (0, n_boot)])
+    def of(y, n): return metric_draws(y, s.score, thr, units, n, seed, (metric,))[metric]
+    def both(y): return np.concatenate([of(y, 0), of(y, n_boot)])
     if points is None: return both(s.y)
     each = [both(y) for _, y in points]
     if not each: return np.zeros((1+n_boot, 0))
@@ -111,7 +113,7 @@ def _loss_draws(private, public, by, metric, threshold, split, min_size, n_boot,
                              GROUP_METRICS[metric], n_boot, seed) for s, p in ((a, public), (b, private)))
     return names, pub, pri, *_sizes(public, a.labels, by, names, split, sizes), units
 
-# %% ../nbs/51a_trends.ipynb #e8318f37
+# %% ../nbs/51a_trends.ipynb #9d39b6e3
 def performance_loss(
     private:Predictions,        # Predictions of the private model
     public:Predictions,         # Predictions of the ordinary model for the same images
@@ -128,13 +130,15 @@ def performance_loss(
     unit:str='patient',         # What is resampled: 'patient' or 'image'
 ) -> pd.DataFrame:              # point, size, size_of, public, private, loss (public-private), lo, hi, unit
     "What the private model loses, label by label or group by group"
-    names, pub, pri, size, of, units = _loss_draws(private, public, by, metric, threshold, split, min_size, n_boot, seed,
+    names, pub, pri, size, of, units = _loss_draws(private, public, by, metric, threshold, split, min_size, n_boot,
+                                                   seed,
                                                    unit, sizes)
     rows = []
     for k, name in enumerate(names):
         d = pub[:,k]-pri[:,k]
         i = interval(d[0], d[1:], n=units.m, unit=units.name, level=level)
-        rows.append(dict(by=by if isinstance(by, str) else ' × '.join(by), point=name, size=size[k], size_of=of, metric=metric,
+        rows.append(dict(by=by if isinstance(by, str) else ' × '.join(by), point=name, size=size[k], size_of=of,
+                         metric=metric,
                          public=pub[0,k], private=pri[0,k], loss=i.value, lo=i.lo, hi=i.hi, unit=i.unit, note=i.note))
     return pd.DataFrame(rows)
 
@@ -155,13 +159,15 @@ def loss_correlations(
     unit:str='patient',         # What is resampled: 'patient' or 'image'
 ) -> pd.DataFrame:              # x, y, r, lo, hi, p, n, boot_lo, boot_hi, note
     "Loss, private and public performance against size, and loss against public performance"
-    _, pub, pri, size, *_ = _loss_draws(private, public, by, metric, threshold, split, min_size, n_boot, seed, unit, sizes)
+    _, pub, pri, size, *_ = _loss_draws(private, public, by, metric, threshold, split, min_size, n_boot, seed, unit,
+                                        sizes)
     size = np.array(size, dtype=float)
     if log_size:
         if (size <= 0).any(): raise DataError('a point has size 0, which has no logarithm; pass log_size=False')
         size = np.log10(size)
     x = f'{"log10 " if log_size else ""}size'
-    cases = [(x, 'loss', size, pub-pri), (x, 'public', size, pub), (x, 'private', size, pri), ('public', 'loss', pub, pub-pri)]
+    cases = [(x, 'loss', size, pub-pri), (x, 'public', size, pub), (x, 'private', size, pri),
+             ('public', 'loss', pub, pub-pri)]
     rows  = []
     for xn, yn, xv, yv in cases:
         known = xv.ndim == 1
@@ -169,7 +175,7 @@ def loss_correlations(
         rows.append(dict(x=xn, y=yn) | vars(c))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51a_trends.ipynb #8f1e5f50
+# %% ../nbs/51a_trends.ipynb #a38f437d
 def _gap_draws(preds, epsilon, by, metric, threshold, split, min_size, n_boot, seed, unit):
     "Models in order of ε, and group -> (1+n_boot, models) differences of the mean over labels to everybody else"
     if metric not in GROUP_METRICS: raise ConfigError(f'metric {metric!r} is none of {list(GROUP_METRICS)}')
@@ -212,10 +218,12 @@ def gaps_by_epsilon(
     for group, d in draws.items():
         for j, m in enumerate(models):
             i = interval(d[0,j], d[1:,j], n=int(preds.df.patient_id.nunique()), unit=unit, level=level)
-            rows.append(dict(group=group, model=m, epsilon=float(epsilon[m]), metric=metric, difference=i.value, lo=i.lo,
+            rows.append(dict(group=group, model=m, epsilon=float(epsilon[m]), metric=metric, difference=i.value,
+                             lo=i.lo,
                              hi=i.hi, unit=unit, note=i.note))
     return pd.DataFrame(rows)
 
+# %% ../nbs/51a_trends.ipynb #5713d842
 def gap_correlations(
     preds:Predictions,          # Predictions of several models on the same images
     epsilon:dict,               # Model -> ε; np.inf: no privacy, left out
@@ -232,7 +240,8 @@ def gap_correlations(
     unit:str='patient',         # What is resampled: 'patient' or 'image'
 ) -> pd.DataFrame:              # group, x, r, lo, hi, p, n (models), boot_lo, boot_hi, note
     "Does the gap of a group follow ε?"
-    if bad := [m for m, e in epsilon.items() if not e > 0]: raise ConfigError(f'ε must be above 0; look at models {bad}')
+    bad = [m for m, e in epsilon.items() if not e > 0]
+    if bad: raise ConfigError(f'ε must be above 0; look at models {bad}')
     models, draws = _gap_draws(preds, epsilon, by, metric, threshold, split, min_size, n_boot, seed, unit)
     eps  = np.array([epsilon[m] for m in models], dtype=float)
     fin  = np.isfinite(eps)
