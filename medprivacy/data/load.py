@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['load_images', 'median_age', 'target_values', 'release_draws', 'RecordsDataset', 'RecordsDL', 'records_dls']
 
-# %% ../../nbs/01b_data.load.ipynb #191a8280
+# %% ../../nbs/01b_data.load.ipynb #c96bc5da
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from .cache import PixelCache, decode_into
 from .core import Records
 from .decode import RESIZE, as_hw, load_image
 
-# %% ../../nbs/01b_data.load.ipynb #ea6d55b4
+# %% ../../nbs/01b_data.load.ipynb #2944149f
 def _check_settings(records, size, channels, resize, bits):
     if resize not in RESIZE: raise ConfigError(f'resize must be one of {RESIZE}, got {resize!r}')
     if channels not in (None, 1, 3): raise ConfigError(f'channels must be 1, 3 or None, got {channels!r}')
@@ -40,7 +41,7 @@ def _channels_of(records, bits, most=100):
         if len(why) == most: break
     raise DataError(f'none of the first {len(why)} of {len(records)} images can be read:\n' + '\n'.join(why[:5]))
 
-# %% ../../nbs/01b_data.load.ipynb #7beeede3
+# %% ../../nbs/01b_data.load.ipynb #c210d63f
 def _decode_all(records, size, channels, resize, bits, cache, verify):
     "Decoded images (M,C,H,W), the row (N,) of each record in them, -1 where it cannot be read, and path → reason"
     paths, shape = list(records.df.path), (channels, *as_hw(size))
@@ -54,7 +55,7 @@ def _decode_all(records, size, channels, resize, bits, cache, verify):
     bad = {files[i]: why for i,why in decode_into(x.numpy(), files, decode).items()}
     return x, torch.tensor([-1 if p in bad else at[p] for p in paths], dtype=torch.long), bad
 
-# %% ../../nbs/01b_data.load.ipynb #7f12dc5d
+# %% ../../nbs/01b_data.load.ipynb #64ee5ac5
 def load_images(
     records:Records,          # The images
     size:int|tuple=64,        # Side, or (height, width), in pixels
@@ -76,7 +77,7 @@ def _raise_bad(records, bad, rows, why=''):
     if bad: raise DataError(f'{int((rows < 0).sum())} of {len(records)} images cannot be read{why}:\n' +
                             '\n'.join(list(bad.values())[:5]))
 
-# %% ../../nbs/01b_data.load.ipynb #92b6c066
+# %% ../../nbs/01b_data.load.ipynb #eba465ac
 def _check_policy(unreadable, quarantine):
     if unreadable not in ('raise', 'quarantine'):
         raise ConfigError(f"unreadable must be 'raise' or 'quarantine', got {unreadable!r}")
@@ -94,7 +95,7 @@ def _readable(records, rows, bad, unreadable, quarantine):
                           f'listed in {Path(quarantine).name}')
     return records.select(where=(rows >= 0).numpy()), rows[rows >= 0]
 
-# %% ../../nbs/01b_data.load.ipynb #4b10c2a9
+# %% ../../nbs/01b_data.load.ipynb #4114db59
 def median_age(
     records:Records,    # With a split
 ) -> float:             # Years
@@ -103,7 +104,7 @@ def median_age(
     if not age.notna().any(): raise DataError(f'{records.name}: no training patient has an age, so there is no median')
     return float(age.median())
 
-# %% ../../nbs/01b_data.load.ipynb #58ae25e7
+# %% ../../nbs/01b_data.load.ipynb #68f50562
 def target_values(
     records:Records,           # Rows
     target:str|tuple,          # 'labels', 'sex', 'age', 'age>median', a label column, or a list of label columns
@@ -124,7 +125,7 @@ def target_values(
                           f"{list(records.labels)}")
     return df[cols].to_numpy(float)
 
-# %% ../../nbs/01b_data.load.ipynb #d6e74b3d
+# %% ../../nbs/01b_data.load.ipynb #334329cf
 _MOST_BYTES = 4 * 2**30
 
 def release_draws(
@@ -148,7 +149,7 @@ def release_draws(
                 out[i:i+bs,k] = mechanism(xb, cb).clamp(0, 1).mul(255).round().to('cpu', torch.uint8)
     return out
 
-# %% ../../nbs/01b_data.load.ipynb #6c1ee5dc
+# %% ../../nbs/01b_data.load.ipynb #bb4f750e
 _INT_TARGETS = ('sex', 'age>median')
 _CHUNK_BYTES = 3 * 2**19    # Of float32: what stays in a core's own cache between the passes over it
 
@@ -190,12 +191,23 @@ def _tensor_target(v, target):
     v = torch.tensor(v if target not in (*_INT_TARGETS, 'age') else v[:,0])
     return v.long() if target in _INT_TARGETS else v.float()
 
-# %% ../../nbs/01b_data.load.ipynb #40d566f9
+# %% ../../nbs/01b_data.load.ipynb #e8afefe1
+_POOLS = {}    # (process, threads) → executor: a fork does not inherit threads
+
 def _gather_floats(x, at):
     "Rows `at` of uint8 `x` as float32 in [0,1]"
     out = torch.empty(len(at), *x.shape[1:])
-    n   = max(1, _CHUNK_BYTES//max(1, 4*x[0].numel())) if len(at) else 1
-    for i in range(0, len(at), n): out[i:i+n].copy_(x.index_select(0, at[i:i+n])).div_(255)
+    src, dst, at = x.numpy(), out.numpy(), at.numpy()
+    step, n = max(1, _CHUNK_BYTES//max(1, 4*int(np.prod(x.shape[1:])))), min(8, torch.get_num_threads())
+    def part(a, b):
+        for i in range(a, b, step):
+            k = slice(i, min(i+step, b))
+            np.divide(src.take(at[k], 0), np.float32(255), out=dst[k], dtype=np.float32)
+    if n == 1 or len(at) < 2*step: part(0, len(at))
+    else:
+        pool  = _POOLS.setdefault((os.getpid(), n), ThreadPoolExecutor(n))
+        edges = [len(at)*i//n for i in range(n+1)]
+        list(pool.map(part, edges[:-1], edges[1:]))
     return out
 
 def _gather_bytes(x, at, device):
@@ -204,7 +216,7 @@ def _gather_bytes(x, at, device):
     return torch.index_select(x, 0, at, out=torch.empty(len(at), *x.shape[1:], dtype=torch.uint8,
                                                         pin_memory=True)).to(device, non_blocking=True)
 
-# %% ../../nbs/01b_data.load.ipynb #b7c0ad43
+# %% ../../nbs/01b_data.load.ipynb #775e0bf7
 class RecordsDL(TfmdDL):
     "Batches of x float32 (B,C,H,W) in [0,1] and targets, gathered by index"
     def __init__(self,
@@ -239,7 +251,7 @@ class RecordsDL(TfmdDL):
         "The batch of these rows"
         return self.after_batch(self._gather(idxs))
 
-# %% ../../nbs/01b_data.load.ipynb #8abda6cb
+# %% ../../nbs/01b_data.load.ipynb #853cffd6
 def _known(records, targets, median):
     "Rows with a known value for every target"
     keep = np.ones(len(records), bool)
@@ -256,7 +268,7 @@ def _dl(records, store, rows, targets, median, bs, mechanism, draws, train, batc
                      drop_last=train and len(records) >= bs, draw=None if train else 0,
                      batch_tfms=batch_tfms if train else None, device=device, channels_last=channels_last)
 
-# %% ../../nbs/01b_data.load.ipynb #948dafa4
+# %% ../../nbs/01b_data.load.ipynb #a4f9e5c1
 def _check_split(records, targets, dropped):
     n = records.df.split.value_counts()
     for s in ('train', 'valid'):
@@ -264,7 +276,7 @@ def _check_split(records, targets, dropped):
                                          f'row(s) had none); '
                                          'change the split or the target')
 
-# %% ../../nbs/01b_data.load.ipynb #fad40d53
+# %% ../../nbs/01b_data.load.ipynb #a33efbfd
 def records_dls(
     records:Records,               # With splits; a single part (defence or attack) is chosen by the caller
     target:str|tuple=None,         # See `target_values`; a tuple gives several; default: 'labels'
