@@ -34,6 +34,7 @@ class Records:
     name: str = ''                 # Of the data set
     patient_known: bool = True     # False: the set names no patients, and `patient_id` is the image id
     soft: bool = False             # True: a multilabel value between 0 and 1 is a softened, uncertain label
+    bits: int = 8                  # Bits a channel that the image files are declared to have: 8, 16 or None (either)
 
     def __post_init__(self):
         df = self.df.reset_index(drop=True)

@@ -194,12 +194,13 @@ def finish(
     topcode:float=None,        # Ages from here on stand for "this or older", in years
     infants:bool=False,        # Keep ages of 0
     soft:bool=False,           # Uncertain labels were softened to values between 0 and 1
+    bits:int=8,                # Bits a channel that the image files are declared to have: 8, 16 or None (either)
 ) -> Records:                  # Validated records
     "Turn a reader's table into records: ages cleaned, absent files dealt with, codes checked, counts said"
     if missing not in _MISSING: raise ConfigError(f'missing must be one of {_MISSING}, got {missing!r}')
     unknown = [l for l in labels if l not in df]
     if unknown: raise ConfigError(f'{name}: no label {unknown}; there are {sorted(map(str, df.columns))}')
     df = _without_absent(_clean_ages(df.reset_index(drop=True), name, topcode, infants), Path(root), name, missing)
-    records = Records(df, root, labels, task, name, patient_known, soft).validate(files=False)
+    records = Records(df, root, labels, task, name, patient_known, soft, bits).validate(files=False)
     _say_counts(records, published or {})
     return records
