@@ -1,0 +1,79 @@
+"Every known data set, by name: look-alike → records → split → loaders → one training step; and from the command line"
+import inspect
+import re
+import tomllib
+import pandas as pd
+import pytest
+import torch
+from fastai.learner import Learner
+from medprivacy import cli
+from medprivacy.core import ConfigError, DataError
+from medprivacy.data.load import records_dls
+from medprivacy.data.registry import FAKES, READERS, read_dataset, readers_table
+from medprivacy.data.split import complete_split
+from medprivacy.models.resnet import create_classifier
+from medprivacy.probe import ProbeLoss
+
+
+@pytest.mark.parametrize('name', READERS)
+def test_from_look_alike_to_training_step(name, tmp_path, capsys):
+    recs = complete_split(read_dataset(name, FAKES[name](tmp_path/name, n_patients=30), missing='drop'))
+    assert recs.name == name and set(recs.df.split) == {'train', 'valid', 'test'}
+    dls = records_dls(recs, size=32, bs=4, device='cpu')
+    x, y = dls.one_batch()
+    assert x.shape == (4, dls.train.dataset.x.shape[-3], 32, 32) and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+    assert y.shape == (4, len(recs.labels))
+    learn = Learner(dls, create_classifier('small_resnet', len(recs.labels), x.shape[1]), loss_func=ProbeLoss('binary'))
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert torch.isfinite(torch.tensor(learn.recorder.losses)).all()
+    assert any(not torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
+
+
+@pytest.mark.parametrize('name', READERS)
+def test_readers_have_one_shape(name):
+    p = inspect.signature(READERS[name]).parameters
+    assert list(p)[:2] == ['root', 'labels'] and p['labels'].default is None and p['missing'].default in ('raise', 'drop')
+    assert all(v.kind is v.KEYWORD_ONLY for k, v in p.items() if k not in ('root', 'labels'))
+    assert list(inspect.signature(FAKES[name]).parameters)[:3] == ['root', 'n_patients', 'seed']
+
+
+@pytest.mark.parametrize('name', READERS)
+def test_no_folder_says_where_to_apply(name, tmp_path):
+    with pytest.raises(DataError, match='Access: .{20,}'): read_dataset(name, tmp_path/'none')
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(DataError): read_dataset(name, tmp_path/'empty')
+
+
+@pytest.mark.parametrize('name', READERS)
+def test_a_label_that_does_not_exist(name, tmp_path):
+    with pytest.raises((ConfigError, DataError), match='no_such_finding'):
+        read_dataset(name, FAKES[name](tmp_path/name), ['no_such_finding'], missing='drop')
+
+
+def test_command(tmp_path, capsys):
+    "A run on a known set, with an option of its reader and an unreadable image put aside"
+    root = FAKES['nih_cxr14'](tmp_path/'nih', n_patients=60)
+    bad = next(p for p in sorted(root.rglob('*.png')))
+    bad.write_bytes(bad.read_bytes()[:40])
+    args = dict(dataset='nih_cxr14', root=str(root), options='missing=drop', labels='Effusion,Infiltration', device='cpu', size=32, bs=8, epochs=1)
+    with pytest.raises(SystemExit): cli.medprivacy_obfuscate(out=str(tmp_path/'no'), **args)
+    assert re.search(re.escape(bad.stem), capsys.readouterr().err) and not (tmp_path/'no').exists()
+    cli.medprivacy_obfuscate(out=str(tmp_path/'run'), unreadable='quarantine', cache=str(tmp_path/'cache'), **args)
+    listed = pd.read_csv(tmp_path/'run'/'quarantine.csv')
+    assert listed.path.str.contains(bad.stem).tolist() == [True] and listed.reason.notna().all()
+    cfg = tomllib.loads((tmp_path/'run'/'config.toml').read_text())['data']
+    assert cfg['dataset'] == 'nih_cxr14' and cfg['options'] == {'missing': 'drop'} and cfg['labels'] == ['Effusion', 'Infiltration']
+    assert (tmp_path/'run'/'model').exists() and any((tmp_path/'cache').iterdir())
+
+
+@pytest.mark.parametrize('args,words', [(dict(dataset='imagenet', root='x'), 'unknown data set'), (dict(dataset='odir'), '--root'),
+                                        (dict(dataset='odir', root='x', csv='t.csv'), 'exclude'), (dict(dataset='odir', root='x', options='a'), 'name=value'),
+                                        (dict(dataset='odir', root='x', options='uncertain=ones'), 'takes no option'), (dict(dataset='odir', root='x', unreadable='skip'), '--unreadable')])
+def test_arguments_that_cannot_work(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit): cli.medprivacy_attack(device='cpu', **args)
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_table(): assert list(readers_table().name) == list(READERS)
