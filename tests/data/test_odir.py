@@ -191,6 +191,13 @@ def test_keywords_are_separated_by_a_full_width_comma(any_root):
     assert classes(recs, '1_left.jpg') == 'DG' and classes(recs, '1_right.jpg') == 'D'
 
 
+def test_a_finding_beside_a_known_one(book):
+    "Read apart by the full-width comma: the second one is other, and not lost in the first"
+    put(book, 'Left-Diagnostic Keywords', 'cataract，drusen'); put(book, 'Right-Diagnostic Keywords', 'lens dust，drusen')
+    recs = read_odir(book, unusable='keep')
+    assert classes(recs, '0_left.jpg') == 'CO' and eyes(recs).remarks['0_right.jpg'] == 'lens dust' and classes(recs, '0_right.jpg') == 'O'
+
+
 @pytest.mark.parametrize('file,letter', [('0_left.jpg', 'C'), ('1_right.jpg', 'D'), ('2_left.jpg', 'A'), ('3_left.jpg', 'H'), ('4_left.jpg', 'M'),
                                          ('5_left.jpg', 'N'), ('5_right.jpg', 'O')])
 def test_each_class(book, file, letter): assert classes(read_odir(book), file) == letter
