@@ -6,7 +6,7 @@
 __all__ = ['SHRINK', 'half_width', 'is_half', 'pt', 'styled', 'new_axes', 'fold', 'settle_ticks', 'name_points', 'whiskers',
            'level_line', 'legend_above', 'tidy', 'sizes_text']
 
-# %% ../nbs/59a_draw.ipynb #a5d730ba
+# %% ../nbs/59a_draw.ipynb #27d1f3fe
 import textwrap
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +22,7 @@ from matplotlib.patheffects import withStroke
 from .core import DataError
 from .style import STYLE, need_columns
 
-# %% ../nbs/59a_draw.ipynb #2790e706
+# %% ../nbs/59a_draw.ipynb #00714c18
 _HALF = ContextVar('half', default=False)
 SHRINK = .75    # letters at half width, against those of a report
 
@@ -62,14 +62,15 @@ def new_axes(
     if ax is not None: return ax
     return plt.subplots(figsize=(width/2, height*.68) if is_half() else (width, height), **kw)[1]
 
-# %% ../nbs/59a_draw.ipynb #7d3ac22e
+# %% ../nbs/59a_draw.ipynb #6aea1dd9
 def fold(
     ax:Axes,           # Whose width counts
     text:str,          # Lines
-    share:float=.8,    # Of the figure's width
+    share:float=1.1,   # Of the width of the axes
 ) -> str:              # The same words, in lines that fit
     "Fold the lines of an axis label"
-    n = max(12, int(ax.figure.get_figwidth()*share*72/(pt(10)*.56)))
+    inches = ax.figure.get_figwidth()*ax.get_position().width
+    n = max(10, int(inches*share*72/(pt(10)*.56)))
     return '\n'.join('\n'.join(textwrap.wrap(t, n)) for t in text.splitlines())
 
 def _boxes(texts): return [t.get_window_extent() for t in texts]
@@ -86,7 +87,7 @@ def settle_ticks(
         for t in ax.get_xticklabels(): t.set(rotation=90, va='top', ha='center', linespacing=1.)
     return ax
 
-# %% ../nbs/59a_draw.ipynb #e965969e
+# %% ../nbs/59a_draw.ipynb #40999eb1
 _PLACES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
 
 def name_points(
@@ -114,7 +115,7 @@ def name_points(
             break
     return ax
 
-# %% ../nbs/59a_draw.ipynb #fd7a3518
+# %% ../nbs/59a_draw.ipynb #39b15d50
 def whiskers(
     ax:Axes,                 # Drawn here
     at:list,                 # Positions
@@ -146,21 +147,22 @@ def legend_above(
     ax.legend(loc='lower left', bbox_to_anchor=(-.01, 1.0), ncols=max(1, (cols+1)//2) if is_half() else cols,
               handlelength=1.8, columnspacing=1.2)
 
-# %% ../nbs/59a_draw.ipynb #6ce8f656
+# %% ../nbs/59a_draw.ipynb #ec0b2570
 def tidy(
     table:pd.DataFrame,    # A table of results
     value:str,             # Column of the estimate
-    keys:tuple,            # Columns that together name a mark
+    keys:tuple,            # Columns that together name a mark, as far as they are there
     what:str,              # What the table is called in a message
 ) -> pd.DataFrame:         # With `condition`, lo and hi
     "Name the columns of a table of results as figures do; one row for each mark"
     if 'condition' not in table and 'model' in table and 'model' not in keys: table = table.rename(columns={'model': 'condition'})
     if f'{value}_lo' in table and not {'lo', 'hi'} & set(table):
         table = table.rename(columns={f'{value}_lo': 'lo', f'{value}_hi': 'hi'})
-    need_columns(table, (*[k for k in keys if k != 'condition'], value, 'lo', 'hi'), what)
-    twice = table[table.duplicated([k for k in keys if k in table])]
+    need_columns(table, (value, 'lo', 'hi'), what)
+    own   = [k for k in keys if k in table]
+    twice = table[table.duplicated(own)] if own else table[1:]
     if len(twice):
-        told = ', '.join(f'{k} {twice.iloc[0][k]!r}' for k in keys if k in table)
+        told = ', '.join(f'{k} {twice.iloc[0][k]!r}' for k in own)
         hint = '; choose one label, e.g. table[table.label == "macro"]' if 'label' in table and 'label' not in keys else ''
         raise DataError(f'{what} has several rows for {told}{hint}')
     return table

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_eps_auroc', 'plot_eps_gap', 'plot_size', 'plot_calibration']
 
-# %% ../nbs/59b_figures.ipynb #889f158b
+# %% ../nbs/59b_figures.ipynb #0a3ca8a3
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from .core import DataError
 from .draw import fold, is_half, legend_above, level_line, name_points, new_axes, pt, styled, tidy, whiskers
 from .style import look, need_columns
 
-# %% ../nbs/59b_figures.ipynb #a97c3f29
+# %% ../nbs/59b_figures.ipynb #2a75b1a8
 def _eps_lines(ax, table, value, terms, name):
     if not (table.epsilon > 0).all(): raise DataError('epsilon must be above 0 (inf: without privacy)')
     finite = table.epsilon[np.isfinite(table.epsilon)]
@@ -37,7 +37,7 @@ def _eps_lines(ax, table, value, terms, name):
     if len(groups) > 1 or 'group' not in table: legend_above(ax)
     return ax
 
-# %% ../nbs/59b_figures.ipynb #c171b5ad
+# %% ../nbs/59b_figures.ipynb #c942bcfd
 @styled
 def plot_eps_auroc(
     table:pd.DataFrame,     # Columns epsilon (inf: without privacy), value, lo, hi; optional group: one line each
@@ -50,7 +50,7 @@ def plot_eps_auroc(
     "Draw AUROC against ε on a logarithmic axis, with bands, overall or one line per group"
     table = tidy(table, value, ('epsilon', 'group'), 'the table of ε')
     ax = new_axes(ax, 6.4, 3.7)
-    _eps_lines(ax, table, value, terms, 'private').set_ylabel(fold(ax, ylabel, .5))
+    _eps_lines(ax, table, value, terms, 'private').set_ylabel(fold(ax, ylabel, .7))
     return ax
 
 @styled
@@ -66,10 +66,10 @@ def plot_eps_gap(
     table = tidy(table, value, ('epsilon', 'group'), 'the table of gaps')
     ax, metric = new_axes(ax, 6.4, 3.7), str(table.get('metric', pd.Series(['value'])).iloc[0]).replace('auroc', 'AUROC')
     level_line(ax, 0)
-    _eps_lines(ax, table, value, terms, 'gap').set_ylabel(fold(ax, ylabel or f'{metric},\ngroup − everybody else', .5))
+    _eps_lines(ax, table, value, terms, 'gap').set_ylabel(fold(ax, ylabel or f'{metric},\ngroup − everybody else', .7))
     return ax
 
-# %% ../nbs/59b_figures.ipynb #3af49ccb
+# %% ../nbs/59b_figures.ipynb #b5123241
 @styled
 def plot_size(
     table:pd.DataFrame,           # As `performance_loss` returns it: point, size, public, private, lo and hi of the loss
@@ -90,7 +90,7 @@ def plot_size(
     ax.set_xscale('log'); ax.margins(x=.12, y=.15); _plain_ticks(ax, x)
     what = 'size' if of == 'given' else f'{"positive " if by == "label" else ""}{of} images'
     ax.set_xlabel(fold(ax, xlabel or f'{what} (log scale)'))
-    ax.set_ylabel(fold(ax, ylabel or str(table.get('metric', pd.Series(['performance'])).iloc[0]).replace('auroc', 'AUROC'), .5))
+    ax.set_ylabel(fold(ax, ylabel or str(table.get('metric', pd.Series(['performance'])).iloc[0]).replace('auroc', 'AUROC'), .7))
     ax.grid(axis='y'); legend_above(ax, 2 if not is_half() else 1)
     return name_points(ax, [*x, *x], [*table.private, *table.public], [*map(str, table.point), *['']*len(x)])
 
@@ -102,7 +102,7 @@ def _plain_ticks(ax, x):
     some = some[::max(1, -(-len(some)//(3 if is_half() else 5)))]
     ax.set_xticks(some, [f'{v:,.0f}' if v >= 1 else f'{v:g}' for v in some]); ax.minorticks_off()
 
-# %% ../nbs/59b_figures.ipynb #be061c04
+# %% ../nbs/59b_figures.ipynb #018fa92a
 @styled
 def plot_calibration(
     table:pd.DataFrame,     # As `calibration_curve` returns it: label (or curve), score, observed, lo, hi
@@ -119,6 +119,6 @@ def plot_calibration(
         whiskers(ax, rows.score, rows.lo, rows.hi, colour=k.colour)
         ax.plot(rows.score, rows.observed, ls=k.line, marker=k.marker, color=k.colour, mec='white', label=name, zorder=4)
     ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), aspect='equal')
-    ax.set_xlabel('mean score of the bin (probability)'); ax.set_ylabel('observed share')
+    ax.set_xlabel(fold(ax, 'mean score of the bin (probability)')); ax.set_ylabel('observed share')
     ax.grid(True); legend_above(ax, 2)
     return ax

@@ -6,7 +6,7 @@
 __all__ = ['contact_sheet', 'show_views', 'plot_attack_bars', 'plot_utility_bars', 'plot_privacy_utility', 'plot_learning_curves',
            'plot_roc', 'plot_panels', 'plot_demographics', 'plot_subgroups']
 
-# %% ../nbs/60_visualize.ipynb #8b8a9088
+# %% ../nbs/60_visualize.ipynb #ee471bf5
 import math
 
 import numpy as np
@@ -22,7 +22,7 @@ from .draw import (fold, half_width, is_half, legend_above, level_line, new_axes
 from .figures import plot_calibration, plot_eps_auroc, plot_eps_gap, plot_size    # so that all are found here
 from .style import Look, look, need_columns
 
-# %% ../nbs/60_visualize.ipynb #580e5a74
+# %% ../nbs/60_visualize.ipynb #796a56b8
 def _pictures(x, what):
     x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x, dtype=float)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
@@ -38,7 +38,7 @@ def _picture(ax, im, title='', **kw):
     ax.set_title(title, fontsize=pt(9))
     return ax.imshow(im.squeeze() if grey else im, interpolation='nearest', **kw)
 
-# %% ../nbs/60_visualize.ipynb #56c18907
+# %% ../nbs/60_visualize.ipynb #ffe3be50
 @styled
 def contact_sheet(
     x:np.ndarray,      # Images (B,C,H,W) in [0,1]; C 1 grey, 3 colour
@@ -56,7 +56,7 @@ def contact_sheet(
     for a,im,title in zip(axs.flat, ims, titles): _picture(a, im, title)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #4c93994d
+# %% ../nbs/60_visualize.ipynb #bf5e7be8
 @styled
 def show_views(
     original:np.ndarray,      # Images (B,C,H,W) in [0,1]; a tensor will do
@@ -74,14 +74,14 @@ def show_views(
     for i in range(n):
         _picture(axs[0,i], a[i], titles[i])
         _picture(axs[1,i], b[i])
-        mean = f'mean |Δ| {np.abs(b[i]-a[i]).mean():.3f}'
+        mean = f'mean{chr(10) if is_half() else " "}|Δ| {np.abs(b[i]-a[i]).mean():.3f}'
         im = _picture(axs[2,i], d[i], mean, cmap='cividis', vmin=-limit, vmax=limit)
     for row,name in zip(axs, ('original', 'obfuscated', 'difference')): row[0].set_ylabel(name, fontsize=pt(10))
     bar = axs[0,0].figure.colorbar(im, ax=axs[2,:].tolist(), shrink=.9, aspect=14, pad=.02)
     bar.set_label('Δ intensity\n(0 to 1 scale)', fontsize=pt(8))
     return axs
 
-# %% ../nbs/60_visualize.ipynb #f9026397
+# %% ../nbs/60_visualize.ipynb #57945058
 def _unique(column): return list(dict.fromkeys(column))
 
 def _bars(ax, table, across, series, value, base=.5):
@@ -106,7 +106,7 @@ def _bars(ax, table, across, series, value, base=.5):
     level_line(ax); legend_above(ax)
     return settle_ticks(ax)
 
-# %% ../nbs/60_visualize.ipynb #68e89e26
+# %% ../nbs/60_visualize.ipynb #dbd4b375
 @styled
 def plot_attack_bars(
     table:pd.DataFrame,       # Columns condition, model ('strongest' is black), leakage, lo, hi; optional n, n_patients
@@ -122,7 +122,7 @@ def plot_attack_bars(
     ax.set_ylabel(f'leakage of {attribute}\n(0.5 = chance, 1 = perfect)')
     return ax
 
-# %% ../nbs/60_visualize.ipynb #e752ec67
+# %% ../nbs/60_visualize.ipynb #601a2eae
 @styled
 def plot_utility_bars(
     table:pd.DataFrame,       # Columns condition, label (one may be 'macro'), value, lo, hi; optional n, n_patients
@@ -132,13 +132,13 @@ def plot_utility_bars(
 ) -> Axes:                    # The axes
     "Draw the disease AUROC per label under every condition"
     table = tidy(table, value, ('condition', 'label'), 'the utility table')
-    need_columns(table, ('condition',), 'the utility table')
+    need_columns(table, ('condition', 'label'), 'the utility table')
     n = table.label.nunique()
     ax = _bars(new_axes(ax, max(6.4, 1.2*n), 3.7), table, 'label', 'condition', value)
     ax.set_ylabel('disease AUROC\n(0.5 = chance)')
     return ax
 
-# %% ../nbs/60_visualize.ipynb #142e3140
+# %% ../nbs/60_visualize.ipynb #dd2458b6
 @styled
 def plot_privacy_utility(
     table:pd.DataFrame,     # Columns condition, leakage, leakage_lo, leakage_hi, auroc, auroc_lo, auroc_hi
@@ -164,7 +164,7 @@ def plot_privacy_utility(
                 arrowprops={'arrowstyle': '->', 'color': '#555555'})
     return ax
 
-# %% ../nbs/60_visualize.ipynb #da74e6de
+# %% ../nbs/60_visualize.ipynb #20ec1be4
 @styled
 def plot_learning_curves(
     history:pd.DataFrame,    # Columns model, epoch, train_loss, valid_loss, valid_auroc; optional condition
@@ -189,7 +189,7 @@ def plot_learning_curves(
     axs[0,0].figure.legend(handles.values(), handles.keys(), loc='outside upper left', ncols=2 if is_half() else 4)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #572c7479
+# %% ../nbs/60_visualize.ipynb #95c02f81
 @styled
 def plot_roc(
     curves:pd.DataFrame,          # Columns curve, fpr, tpr; with one model and a column label, a curve per label
@@ -216,7 +216,7 @@ def plot_roc(
     ax.grid(True); legend_above(ax, 2)
     return ax
 
-# %% ../nbs/60_visualize.ipynb #d52ef940
+# %% ../nbs/60_visualize.ipynb #ab308b1a
 @styled
 def plot_panels(
     plot:object,                  # `plot_roc` or `plot_calibration`
@@ -241,7 +241,7 @@ def plot_panels(
     axs[0].figure.legend(names.values(), names.keys(), loc='outside upper left', ncols=2 if is_half() else 3)
     return axs[:len(labels)]
 
-# %% ../nbs/60_visualize.ipynb #5780c36c
+# %% ../nbs/60_visualize.ipynb #de350675
 _BAND = dict(zip(AGE_BANDS, ['under 30', '30–59', '60–69', '70–79', '80 or more']))
 _SEX  = {'F': Look('#E69F00', hatch='///'), 'M': Look('#0072B2'), 'unknown': Look('#999999', hatch='...')}
 
@@ -278,7 +278,7 @@ def plot_demographics(
     axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc='outside upper left', ncols=3)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #efb97f05
+# %% ../nbs/60_visualize.ipynb #b5abdb5c
 @styled
 def plot_subgroups(
     table:pd.DataFrame,      # Columns by, group, value, lo, hi, n; optional condition, n_patients
@@ -289,7 +289,7 @@ def plot_subgroups(
 ) -> Axes:                   # The axes
     "Draw one dot with its interval per subgroup and condition"
     table = tidy(table, value, ('condition', 'by', 'group'), 'the subgroup table')
-    need_columns(table, ('n',), 'the subgroup table')
+    need_columns(table, ('by', 'group', 'n'), 'the subgroup table')
     keys  = list(table[['by', 'group']].astype(str).drop_duplicates().itertuples(index=False, name=None))
     place = {k: i + .4*_unique(b for b,_ in keys).index(k[0]) for i,k in enumerate(keys)}    # a gap between blocks
     cond  = table.condition if 'condition' in table else pd.Series('raw', table.index)

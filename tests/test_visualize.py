@@ -1,6 +1,11 @@
-"Every figure: axes returned, units named, nothing overlapping, wrong input refused"
+"""Every figure, at report size and at half width: axes returned, units named, nothing overlapping, wrong input refused
+
+To look at them: `MEDPRIVACY_FIGURES=some/folder pytest tests/test_visualize.py` writes each as PNG.
+"""
+import contextlib
 import itertools
 import math
+import os
 
 import numpy as np
 import pandas as pd
@@ -11,8 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from medprivacy.core import DataError
-from medprivacy.visualize import (contact_sheet, count_people, plot_attack_bars, plot_demographics, plot_eps_auroc,
-                                  plot_learning_curves, plot_privacy_utility, plot_roc, plot_subgroups, plot_utility_bars,
+from medprivacy.curves import calibration_curves, eps_table, roc_table
+from medprivacy.data.core import Predictions, load_predictions
+from medprivacy.draw import half_width
+from medprivacy.evaluate import metrics_table
+from medprivacy.fairness import by_group
+from medprivacy.rank import fake_predictions
+from medprivacy.trends import gaps_by_epsilon, performance_loss
+from medprivacy.visualize import (contact_sheet, count_people, plot_attack_bars, plot_calibration, plot_demographics, plot_eps_auroc, plot_eps_gap,
+                                  plot_learning_curves, plot_panels, plot_privacy_utility, plot_roc, plot_size, plot_subgroups, plot_utility_bars,
                                   show_views)
 
 
@@ -58,11 +70,46 @@ PLOTS = {'attack': lambda: plot_attack_bars(attack()), 'utility': lambda: plot_u
          'many labels': lambda: plot_utility_bars(utility([f'long finding {i}' for i in range(9)])),
          'four conditions': lambda: plot_learning_curves(history(('raw', 'obfuscated', 'noise', 'shuffled')))}
 
-@pytest.fixture(params=PLOTS, scope='module')
+LABELS = ('pleural_effusion', 'cardiomegaly', 'lung opacity', 'atelectasis', 'no finding')
+EPS    = {'ε = 0.3': .3, 'ε = 1': 1., 'ε = 3': 3., 'ε = 10': 10., 'public': math.inf}
+TERMS  = 'δ = 1e-4, unit patient, add-remove neighbours, Poisson sampling, PRV accountant'
+
+def models(names, labels=LABELS, n=300):
+    fs = [fake_predictions(n, labels, auroc=.7+.04*i, model=m, noise_seed=i).df for i,m in enumerate(names)]
+    return Predictions(pd.concat(fs, ignore_index=True), labels)
+
+def bare(path, preds):
+    "Predictions as another tool would write them"
+    preds.df.drop(columns=['view', 'device', 'run']).to_csv(path, index=False)
+    return load_predictions(path)
+
+def gap(by='age_band'): return gaps_by_epsilon(models(EPS, ('x',), 600), EPS, by, 'auroc', n_boot=20)
+def losses(by='label'): return performance_loss(models(['private']), models(['public']), by, n_boot=20)
+def one_label(): return models(['public', 'private'], ('effusion',))
+
+PLOTS |= {'eps by group': lambda: plot_eps_auroc(eps_table(models(EPS, n=600), EPS, 'sex', n_boot=20), terms=TERMS),
+          'gap by sex': lambda: plot_eps_gap(gap('sex'), terms=TERMS), 'gap by age': lambda: plot_eps_gap(gap(), terms=TERMS),
+          'size of labels': lambda: plot_size(losses()), 'size of bands': lambda: plot_size(losses('age_band')),
+          'calibration': lambda: plot_calibration(calibration_curves(one_label(), n_boot=20)),
+          'roc of a table': lambda: plot_roc(*roc_table(one_label())), 'roc of labels': lambda: plot_roc(*roc_table(models(['public']))),
+          'roc panels': lambda: plot_panels(plot_roc, *roc_table(models(['public', 'private', 'obfuscated']))),
+          'calibration panels': lambda: plot_panels(plot_calibration, calibration_curves(models(['public', 'private']), n_boot=20)),
+          'one panel': lambda: plot_panels(plot_roc, *roc_table(one_label())),
+          'metrics': lambda: plot_utility_bars(metrics_table(models(['public', 'private']), n_boot=20).query("label != 'weighted'"), value='auroc'),
+          'groups of a table': lambda: plot_subgroups(by_group(one_label(), n_boot=20, intersections=True), value='auroc'),
+          'views': lambda: show_views(np.full((4,1,8,8), .4), np.full((4,1,8,8), .5), titles=[f'image {i}' for i in range(4)]),
+          'contact sheet': lambda: contact_sheet(np.full((8,1,8,8), .4), [f'{s}, {a} y' for s,a in zip('FMFMFMFM', range(20, 100, 10))])}
+PICTURES = ('views', 'contact sheet')    # they have no axes with units
+
+@pytest.fixture(params=[(n, size) for n in PLOTS for size in ('report', 'half')], ids='-'.join, scope='module')
 def axes(request):
-    axs = np.ravel(PLOTS[request.param]())
+    name, size = request.param
+    with half_width() if size == 'half' else contextlib.nullcontext(): axs = np.ravel(PLOTS[name]())
+    axs[0].figure.name = name
+    if out := os.environ.get('MEDPRIVACY_FIGURES'): axs[0].figure.savefig(f'{out}/{name.replace(" ", "_")}_{size}.png', dpi=150)
     axs[0].figure.canvas.draw()
-    return axs
+    yield axs
+    plt.close(axs[0].figure)
 
 
 def seen(axes):
@@ -79,6 +126,7 @@ def seen(axes):
 def test_returns_axes(axes): assert all(isinstance(a, Axes) for a in axes)
 
 def test_every_axis_is_named(axes):
+    if axes[0].figure.name in PICTURES: return
     def words(axis): return any(not l.get_text().replace('.', '').isdigit() for l in axis.get_ticklabels() if l.get_text())
     for a in axes:
         for k in 'xy':
