@@ -268,6 +268,12 @@ def test_truncated(films, truth, built, decoded, name, share):
     assert whole(films, built, truth, decoded) > 0
 
 
+def test_truncated_without_checks(films, truth, built):
+    "Reading beyond the end of a mapped file would kill the process, so the length is always looked at"
+    f = only(built, 'pixels.u8'); os.truncate(f, f.stat().st_size//2)
+    assert torch.equal(load_images(records(films), SIZE, 1, cache=built, verify=False), truth)
+
+
 @pytest.mark.parametrize('name', ['pixels.u8', 'journal.jsonl'])
 @pytest.mark.parametrize('seed', range(8))
 def test_garbled(films, truth, built, decoded, name, seed):
@@ -291,7 +297,7 @@ def test_damage_stays_known_without_checks(films, truth, built):
     "A damaged block is written off in the journal, so a later run that does not check the pixels avoids it"
     f = only(built, 'pixels.u8'); a = bytearray(f.read_bytes()); a[0] ^= 255; f.write_bytes(a)
     assert not torch.equal(load_images(records(films), SIZE, 1, cache=built, verify=False), truth)
-    assert torch.equal(load_images(records(films), SIZE, 1, cache=built), truth)
+    assert torch.equal(load_images(records(films, [1]), SIZE, 1, cache=built), truth[1:2])     # another image of that block
     assert torch.equal(load_images(records(films), SIZE, 1, cache=built, verify=False), truth)
 
 
