@@ -20,10 +20,9 @@ def table(folder): return pd.read_csv(folder/'labels.csv', dtype=str)
 
 
 @pytest.fixture(scope='module')
-def kaggle(folder, table, tmp_path_factory):
-    "A copy of the table under the column names of `full_df.csv`, one row an eye, beside a link to the photographs"
-    root, rows = tmp_path_factory.mktemp('kaggle'), []
-    (root/'preprocessed_images').symlink_to((folder/'images').resolve(), target_is_directory=True)
+def kaggle(table, tmp_path_factory):
+    "A copy of the table under the column names of `full_df.csv`, one row an eye; the photographs stay where they are"
+    file, rows = tmp_path_factory.mktemp('kaggle')/'full_df.csv', []
     for p,g in table.groupby('patient_id'):
         num, eye = str(int(p.removeprefix('odir'))), g.set_index('eye'); y = g[list(WORDS.values())].astype(int).max()
         row = {'ID': num, 'Patient Age': str(int(float(g.age.iloc[0]))) if g.age.notna().all() else '1',      # 1 stands for unknown
@@ -32,8 +31,8 @@ def kaggle(folder, table, tmp_path_factory):
         row |= {f'{s}-Diagnostic Keywords': eye.keywords.get(s.lower(), '').replace(', ', '，') for s in ('Left', 'Right')}
         row |= {c: str(int(g.normal.astype(int).min()) if c == 'N' else y[w]) for c,w in WORDS.items()}
         rows += [dict(row, filename=i) for i in g.image_id]
-    pd.DataFrame(rows).to_csv(root/'full_df.csv', index=False)
-    return root
+    pd.DataFrame(rows).to_csv(file, index=False)
+    return file
 
 
 def step(records, n_out):
@@ -56,9 +55,9 @@ def test_read_table(folder, table):
     assert np.isfinite(step(r, 8))
 
 
-def test_read_odir(kaggle, table, capsys):
+def test_read_odir(folder, kaggle, table, capsys):
     "The classes that the reader finds in the keywords are those that stand in the table, for every eye"
-    r = read_odir(kaggle, unusable='keep'); out = capsys.readouterr().out
+    r = read_odir(folder, table=kaggle, unusable='keep'); out = capsys.readouterr().out
     df, t = r.df.set_index('image_id'), table.set_index('image_id')
     assert len(df) == len(t) and not set(df.index) ^ set(t.index) and 'differ from the patient columns' not in out
     for c,w in WORDS.items(): assert (df[c] == t[w].astype(float)[df.index]).all(), w
@@ -68,6 +67,6 @@ def test_read_odir(kaggle, table, capsys):
     assert np.isfinite(step(r, 8))
 
 
-def test_unusable_are_left_out(kaggle, table):
-    df = read_odir(kaggle).df
+def test_unusable_are_left_out(folder, kaggle, table):
+    df = read_odir(folder, table=kaggle).df
     assert len(df) == table.quality.isna().sum() and df.remarks.eq('').all()
