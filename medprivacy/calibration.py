@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'score_bins', 'calibration_curve', 'calibration_error', 'calibration_table']
 
-# %% ../nbs/50c_calibration.ipynb #9525a328
+# %% ../nbs/50c_calibration.ipynb #eca6f080
 import numpy as np
 import pandas as pd
 
@@ -16,7 +16,7 @@ from .metrics import mean_over_labels, n_units
 from .resample import Units, bootstrap_sums, interval, unit_sums, units_of
 from .thresholds import check_scores
 
-# %% ../nbs/50c_calibration.ipynb #508a2d59
+# %% ../nbs/50c_calibration.ipynb #c3d48aaa
 STRATEGIES = 'mass', 'width'
 
 def score_bins(
@@ -35,7 +35,7 @@ def score_bins(
     edges = q if strategy == 'width' or not len(s) else np.quantile(s, q)
     return np.searchsorted(edges[1:-1], s)
 
-# %% ../nbs/50c_calibration.ipynb #9ae31a73
+# %% ../nbs/50c_calibration.ipynb #d7c4150f
 def _binned(t, s, units, bins, strategy):
     "Known rows of one label as columns [count, positives, scores] of each bin, per unit: (m,3,B)"
     k    = ~np.isnan(t)
@@ -74,7 +74,7 @@ def calibration_curve(
     cols = ['label', 'bin', 'score', 'observed', 'lo', 'hi', 'n', 'n_units', 'unit', 'note']
     return pd.DataFrame(rows, columns=cols)
 
-# %% ../nbs/50c_calibration.ipynb #641ebedc
+# %% ../nbs/50c_calibration.ipynb #259db0c8
 def _errors(n, d, norm):
     "Calibration error from counts and summed differences of the bins (…,B)"
     gap = np.abs(np.nan_to_num(_share(d, n)))
@@ -112,7 +112,7 @@ def calibration_error(
         out.append(e**.5 if norm == 'l2' else e)
     return np.array(out, dtype=float)
 
-# %% ../nbs/50c_calibration.ipynb #61ca192d
+# %% ../nbs/50c_calibration.ipynb #65414fd4
 _WITH_CI = 'bias', 'rmsce', 'brier'
 
 def _label_draws(t, s, units, bins, strategy, n_boot, seed):
@@ -157,8 +157,9 @@ def calibration_table(
         for (label, t, n_pos), d in zip(seen, each + means):
             row = dict(model=model, label=label, n=int((~np.isnan(t)).sum()), n_units=n_units(t, units), n_pos=n_pos)
             row |= {m: float(v[0]) for m, v in d.items()}
-            ci   = {m: interval(d[m][0], d[m][1:], n=row['n_units'], unit=unit, level=level,
-                                note='no known label') for m in _WITH_CI}
+            why  = '' if row['n'] else 'no known label'
+            kw   = dict(n=row['n_units'], unit=unit, level=level, note=why)
+            ci   = {m: interval(d[m][0], d[m][1:], **kw) for m in _WITH_CI}
             row |= {f'{m}_{e}': getattr(i, e) for m, i in ci.items() for e in ('lo', 'hi')}
             note = ci['bias'].note if np.isnan(ci['bias'].lo) else ''
             rows.append(row | dict(bins=bins, strategy=strategy, unit=unit, note=note))

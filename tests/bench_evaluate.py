@@ -1,17 +1,22 @@
-"""How much faster the vectorised bootstrap is than a loop in the published style and than scikit-learn per resample.
+"""How much faster the vectorised bootstrap is than (a) a loop in the published style and (b) scikit-learn per resample; like for like.
 
-One line per point: point, ratio, goal, ok|short, tab-separated; medians of interleaved repeats of one run. The loops run fewer resamples
-and are scaled to 1,000. A bench is no test and exits 0. Run: python tests/bench_evaluate.py
+One line per point: point, ratio, goal, ok|short, tab-separated; medians of interleaved repeats of one run, on one core. Both sides compute the same
+metrics with the same rule for thresholds. The loops run fewer resamples and are scaled to 1,000. A bench is no test and exits 0.
+Run: python tests/bench_evaluate.py
 """
 import os
-os.environ.setdefault('OMP_NUM_THREADS', '1')
+for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
 import time
+import tracemalloc
 import numpy as np
-from sklearn.metrics import accuracy_score, auc, confusion_matrix, f1_score, roc_auc_score, roc_curve
-from medprivacy.evaluate import bootstrap_auroc, metric_draws
+from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix, roc_auc_score, roc_curve
+from medprivacy.evaluate import bootstrap_auroc
+from medprivacy.metrics import metric_draws
+from medprivacy.published import youden_on_every_resample
 from medprivacy.resample import units_of
 
-N_BOOT, L = 1000, 8
+N_BOOT, L, REPEATS = 1000, 8, 3
+FIXED = 'auroc', 'accuracy', 'sensitivity', 'specificity', 'f1'
 
 
 def data(n):
@@ -20,60 +25,77 @@ def data(n):
     return y, rng.normal(size=(n, L))+1.2*y
 
 
-def published(y, s, n_boot, all_metrics=False):
-    "A Python loop over resamples, drawn images and labels, in the style of the published evaluation"
+def published(y, s, n_boot, all_metrics):
+    "Python loops over resamples, labels and drawn images; with `all_metrics` a threshold chosen on every resample"
     rng, out = np.random.default_rng(0), []
     for _ in range(n_boot):
-        ys, ss = [], []
-        for i in rng.integers(0, len(y), len(y)):
-            row_y, row_s = [], []
-            for l in range(y.shape[1]): row_y.append(y[i][l]); row_s.append(s[i][l])
-            ys.append(row_y); ss.append(row_s)
-        ys, ss, res = np.array(ys), np.array(ss), []
+        idx = rng.integers(0, len(y), len(y))
+        ys, ss = np.zeros_like(y), np.zeros_like(s)
         for l in range(y.shape[1]):
-            fpr, tpr, thr = roc_curve(ys[:, l], ss[:, l])
-            res.append(auc(fpr, tpr))
-            if all_metrics:
-                hit = ss[:, l] >= thr[np.argmax(tpr-fpr)]
-                confusion_matrix(ys[:, l], hit); accuracy_score(ys[:, l], hit); f1_score(ys[:, l], hit)
+            yl, sl = np.zeros(len(y)), np.zeros(len(y))
+            for i, j in enumerate(idx): yl[i], sl[i] = y[:, l][j], s[:, l][j]
+            ys[:, l], ss[:, l] = yl, sl
+        res = [roc_auc_score(ys, ss, average=None)]
+        if all_metrics:
+            thr = np.zeros(y.shape[1])
+            for l in range(y.shape[1]):
+                fpr, tpr, t = roc_curve(ys[:, l], ss[:, l]); thr[l] = t[np.argmax(tpr-fpr)]
+            res += rates_of(multilabel_confusion_matrix(ys, (ss > thr).astype(int)))
         out.append(res)
-    return np.array(out)
+    return out
 
 
-def sklearn_loop(y, s, n_boot):
-    rng = np.random.default_rng(0)
-    idx = rng.integers(0, len(y), (n_boot, len(y)))
-    return np.array([[roc_auc_score(y[i, l], s[i, l]) for l in range(y.shape[1])] for i in idx])
+def rates_of(m):
+    tn, fp, fn, tp = m[:, 0, 0], m[:, 0, 1], m[:, 1, 0], m[:, 1, 1]
+    return [(tp+tn)/(tp+tn+fp+fn), tp/(tp+fn), tn/(tn+fp), 2*tp/(2*tp+fp+fn)]
+
+
+def sklearn_loop(y, s, n_boot, what):
+    "scikit-learn on every resample: images drawn by fancy indexing; what: 'auroc', 'fixed' or 'youden' thresholds"
+    rng, out = np.random.default_rng(0), []
+    for _ in range(n_boot):
+        i = rng.integers(0, len(y), len(y)); ys, ss = y[i], s[i]
+        for l in range(y.shape[1]):
+            res = [roc_auc_score(ys[:, l], ss[:, l])]
+            if what != 'auroc':
+                t = .5
+                if what == 'youden': fpr, tpr, thr = roc_curve(ys[:, l], ss[:, l]); t = thr[np.argmax(tpr-fpr)]
+                res += rates_of(confusion_matrix(ys[:, l], ss[:, l] > t)[None])
+            out.append(res)
+    return out
 
 
 def seconds(f, *args):
     t = time.perf_counter(); f(*args); return time.perf_counter()-t
 
 
-def ratio(fast, slow, slow_boot, repeats=3):
-    "Median over interleaved repeats of (slow, scaled to N_BOOT)/fast"
-    r = []
-    for _ in range(repeats):
-        f = seconds(*fast); r.append(seconds(*slow)*N_BOOT/slow_boot/f)
-    return float(np.median(r))
+def ratio(fast, slow, few):
+    "Median over interleaved repeats of the slow time, scaled to N_BOOT, over the fast time"
+    fast()
+    return float(np.median([seconds(slow)*N_BOOT/few/seconds(fast) for _ in range(REPEATS)]))
 
 
 def line(point, value, goal): print(f'{point}\t{value:.1f}\t{goal}\t{"ok" if value >= goal else "short"}', flush=True)
 
 
 def main():
-    for n, few, auc_goal, all_goal in ((2000, 10, 190, 90), (10_000, 4, 80, 45)):
+    goals = {2000: (190, 90), 10_000: (80, 45), 40_000: (80, 45)}
+    for n, few in ((2000, 10), (10_000, 3), (40_000, 1)):
         y, s = data(n); u = units_of(n)
-        def ours(): return bootstrap_auroc(y, s, N_BOOT)
-        def ours_all(): return metric_draws(y, s, np.full(L, .5), u, N_BOOT)
-        ours()
-        line(f'auroc alone, n={n}, against the published loop', ratio((ours,), (published, y, s, few), few), auc_goal)
-        line(f'auroc alone, n={n}, against scikit-learn per resample', ratio((ours,), (sklearn_loop, y, s, few), few), 18)
-        line(f'all metrics, fixed thresholds, n={n}, against the published loop',
-             ratio((ours_all,), (published, y, s, few, True), few), all_goal)
-    y, s = data(40_000)
-    took = seconds(bootstrap_auroc, y, s, N_BOOT)
-    line('auroc alone, n=40000: runs in 10 s (10/seconds)', 10/took, 1)
+        def alone(): return bootstrap_auroc(y, s, N_BOOT)
+        def youden(): return youden_on_every_resample(y, s, N_BOOT)
+        def fixed(): return metric_draws(y, s, np.full(L, .5), u, N_BOOT, metrics=FIXED)
+        one, every = goals[n]
+        line(f'AUROC alone, n={n}, (a) published loop', ratio(alone, lambda: published(y, s, few, False), few), one)
+        line(f'AUROC alone, n={n}, (b) scikit-learn per resample', ratio(alone, lambda: sklearn_loop(y, s, few, 'auroc'), few), 18)
+        line(f'all threshold metrics, threshold of every resample, n={n}, (a) published loop', ratio(youden, lambda: published(y, s, few, True), few), every)
+        line(f'all threshold metrics, threshold of every resample, n={n}, (b) scikit-learn per resample',
+             ratio(youden, lambda: sklearn_loop(y, s, few, 'youden'), few), 18)
+        line(f'all threshold metrics, fixed thresholds, n={n}, (b) scikit-learn per resample', ratio(fixed, lambda: sklearn_loop(y, s, few, 'fixed'), few), 18)
+    took = float(np.median([seconds(alone) for _ in range(REPEATS)]))
+    line(f'AUROC alone, n=40000, {took:.1f} s; ratio = 10 s / time', 10/took, 1)
+    tracemalloc.start(); bootstrap_auroc(y, s, N_BOOT); peak = tracemalloc.get_traced_memory()[1]/2**20; tracemalloc.stop()
+    line(f'memory, n=40000, peak {peak:.0f} MB; ratio = 153 MB of all counts at once / peak', 40_000*N_BOOT*4/2**20/peak, 1)
 
 
 if __name__ == '__main__': main()

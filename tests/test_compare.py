@@ -2,8 +2,8 @@
 import numpy as np, pandas as pd, pytest
 from scipy.stats import binom
 
-from medprivacy.compare import delong_test, paired_table
-from medprivacy.core import DataError
+from medprivacy.compare import delong_test, matched_scores, paired_metrics, paired_table
+from medprivacy.core import ConfigError, DataError
 from medprivacy.data.core import Predictions
 from medprivacy.evaluate import bootstrap_auroc, paired_test, scores_of
 from medprivacy.rank import fake_predictions
@@ -70,3 +70,48 @@ def test_one_class(y):
 def test_one_patient():
     t = delong_test([0, 1, 1], [.1, .2, .05], [.1, .2, .3], patient=['a']*3).iloc[0]
     assert np.isnan(t.se) and np.isnan(t.p)
+
+
+def test_targets_in_another_order_and_wrong_patients():
+    a, b = fake_predictions(100, noise_seed=1), fake_predictions(100, noise_seed=2); turned = Predictions(b.df, b.labels[::-1])
+    pd.testing.assert_frame_equal(paired_table(a, turned, n_boot=30), paired_table(a, b, n_boot=30))
+    k = b.df.index[b.df.split == 'test'][0]; df = b.df.copy(); df.loc[k, 'patient_id'] = 'somebody'
+    with pytest.raises(DataError, match='patients of 1 images differ'): matched_scores(a, Predictions(df, b.labels))
+
+
+def test_unknown_labels_in_both_tables_are_no_difference():
+    a, b = fake_predictions(100, noise_seed=1), fake_predictions(100, noise_seed=2)
+    a, b = (Predictions(p.df.assign(y_effusion=p.df.y_effusion.where(np.arange(len(p.df)) % 3 > 0)), p.labels) for p in (a, b))
+    assert paired_table(a, b, n_boot=20).n[0] < paired_table(a, b, n_boot=20).n[1]+1
+    df = b.df.copy(); k = df.index[(df.split == 'test') & df.y_effusion.notna()][0]; df.loc[k, 'y_effusion'] = 1-df.y_effusion[k]
+    with pytest.raises(DataError, match='labels of 1 images differ'): paired_table(a, Predictions(df, b.labels))
+
+
+def test_any_metric_at_its_own_thresholds():
+    from medprivacy.evaluate import metrics_table
+    a, b = (fake_predictions(200, noise_seed=k, auroc=q, model=m) for k, q, m in ((1, .9, 'a'), (2, .7, 'b')))
+    t = paired_metrics(a, b, ('auroc', 'f1', 'npv'), n_boot=200).set_index(['metric', 'label'])
+    ta, tb = (metrics_table(p, intervals=()).set_index('label') for p in (a, b))
+    for m in ('auroc', 'f1', 'npv'):
+        for l in ('effusion', 'cardiomegaly', 'macro'):
+            assert (t.a[m, l], t.b[m, l]) == (pytest.approx(ta[m][l]), pytest.approx(tb[m][l])) and t.lo[m, l] < t.difference[m, l] < t.hi[m, l]
+    assert np.isnan(t.p_holm['f1', 'macro']) and (t.p_holm.drop('macro', level='label') >= t.p.drop('macro', level='label')).all()
+    with pytest.raises(ConfigError, match='no metric'): paired_metrics(a, b, ('auc',))
+
+
+def test_paired_metrics_of_a_label_without_positives():
+    a, b = (fake_predictions(100, noise_seed=k) for k in (1, 2)); a, b = (Predictions(p.df.assign(y_effusion=0.), p.labels) for p in (a, b))
+    t = paired_metrics(a, b, ('auroc', 'specificity'), threshold=.5, n_boot=30).set_index(['metric', 'label'])
+    assert np.isnan(t.p['auroc', 'effusion']) and t.note['auroc', 'effusion'].startswith('only negatives') and np.isfinite(t.p['specificity', 'effusion'])
+    assert t.difference['auroc', 'macro'] == pytest.approx(t.difference['auroc', 'cardiomegaly'])
+
+
+def test_bca_of_a_difference():
+    a, b = (fake_predictions(200, noise_seed=k, auroc=.85) for k in (1, 2))
+    p, q = (paired_table(a, b, n_boot=400, method=m) for m in ('percentile', 'bca'))
+    assert (p.p == q.p).all() and (p.lo != q.lo).all() and np.allclose(p.lo, q.lo, atol=.02) and np.allclose(p.hi, q.hi, atol=.02)
+
+
+def test_constant_scores_of_either_model_are_named():
+    p = fake_predictions(60, ('x',)); flat = Predictions(p.df.assign(score_x=.5), ['x'])
+    for t in (paired_table(p, flat, n_boot=20), paired_table(flat, p, n_boot=20)): assert 'all scores are equal' in t.note[0]

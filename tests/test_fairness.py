@@ -2,6 +2,7 @@
 import numpy as np, pandas as pd, pytest
 from fairlearn.metrics import (MetricFrame, count, demographic_parity_difference, equalized_odds_difference, false_negative_rate,
                                false_positive_rate, selection_rate, true_positive_rate)
+from hypothesis import given, settings, strategies as st
 from scipy.stats import binom
 from sklearn.metrics import accuracy_score, roc_auc_score
 
@@ -38,6 +39,88 @@ def test_equals_fairlearn(seed):
     assert q['underdiagnosis'] == pytest.approx(mf.difference()['fnr'], abs=1e-12)
     assert q['overdiagnosis'] == pytest.approx(mf.difference()['fpr'], abs=1e-12)
     assert q['accuracy_gap'] == pytest.approx(mf.difference()['accuracy'], abs=1e-12)
+
+
+@st.composite
+def any_table(draw):
+    "A random table: one to four groups of any size, some without a class, scores with ties"
+    n = draw(st.integers(2, 40))
+    def col(v): return draw(st.lists(st.sampled_from(v), min_size=n, max_size=n))
+    df = pd.DataFrame(dict(image_id=[f'i{k}' for k in range(n)], patient_id=[f'p{k}' for k in range(n)], split='test', age=np.nan, sex=None, view=None,
+                           device=col(['a', 'b', 'c', 'd'][:draw(st.integers(1, 4))]), model='m', run='r', y_x=col([0., 1.]), score_x=col([.1, .3, .5, .7, .9])))
+    return Predictions(df, ['x'])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(any_table())
+def test_any_table_equals_metric_frame(p):
+    d = p.df; hit = d.score_x >= .5
+    mf = MetricFrame(metrics=dict(n=count, accuracy=accuracy_score, selection_rate=selection_rate), y_true=d.y_x, y_pred=hit, sensitive_features=d.device)
+    t = by_group(p, 'device', threshold=.5, min_size=1, n_boot=2).query("by == 'device'").set_index('group')
+    for m in ('n', 'accuracy', 'selection_rate'): np.testing.assert_allclose(t[m], mf.by_group[m].loc[t.index].astype(float), atol=1e-12)
+    # fairlearn gives 0 for a rate without a denominator; here it is NaN
+    for m, cls in dict(tpr=1, fnr=1, fpr=0).items():
+        ref = MetricFrame(metrics=FNS[m], y_true=d.y_x, y_pred=hit, sensitive_features=d.device).by_group.astype(float)
+        has = d.groupby('device').y_x.apply(lambda y: (y == cls).any())
+        np.testing.assert_allclose(t[m], ref.where(has)[t.index], atol=1e-12)
+    for g, k in d.groupby('device').groups.items():
+        two = d.y_x[k].nunique() == 2
+        np.testing.assert_allclose(t.auroc[g], roc_auc_score(d.y_x[k], d.score_x[k]) if two else np.nan, atol=1e-12)
+        assert two or t.note[g].startswith('only')
+    q = gaps(p, 'device', threshold=.5, min_size=1, n_boot=2).set_index('gap')
+    if d.device.nunique() > 1:
+        for gap, m in dict(accuracy_gap='accuracy', selection_rate_parity='selection_rate').items():
+            np.testing.assert_allclose(q.value[gap], mf.difference()[m], atol=1e-12)
+    else: assert q.value.isna().all() and q.note.str.contains('can be compared').all()
+
+
+@pytest.mark.parametrize('column', ['view', 'device'])
+def test_view_and_device(column):
+    p = fake_predictions(300, ('a', 'b')); df = p.df.copy()
+    df[column] = np.random.default_rng(0).choice(['one', 'two', 'three'], len(df)); q = Predictions(df, p.labels)
+    t = by_group(q, [column, ('sex', column)], n_boot=10, min_size=3)
+    assert set(t.group[t.by == column]) == {'one', 'two', 'three'} and len(set(t.group[t.by == f'sex × {column}'])) == 6
+    assert (gaps(q, column, n_boot=10).n_groups == 3).all() and set(against_rest(q, column, n_boot=10).group) == {'one', 'two', 'three'}
+
+
+def test_mean_over_labels():
+    p = fake_predictions(400, ('a', 'b', 'c')); kw = dict(n_boot=50, macro=True)
+    t = by_group(p, 'sex', intervals=('auroc', 'accuracy', 'fnr'), **kw); f = t[t.group == 'F'].set_index('label')
+    for m in ('auroc', 'accuracy', 'tpr', 'fpr', 'fnr', 'selection_rate'): assert f[m]['macro'] == pytest.approx(f[m][list('abc')].mean(), abs=1e-12)
+    assert ((t.accuracy_lo <= t.accuracy) & (t.accuracy <= t.accuracy_hi)).all() and (t.fnr_hi-t.fnr_lo > 0).all()
+    m = t[(t.by == 'sex') & (t.label == 'macro')].set_index('group')
+    q = gaps(p, 'sex', **kw).query("label == 'macro'").set_index('gap').value
+    assert q['accuracy_gap'] == pytest.approx(abs(m.accuracy['F']-m.accuracy['M'])) and q['underdiagnosis'] == pytest.approx(abs(m.fnr['F']-m.fnr['M']))
+    r = against_rest(p, 'sex', **kw).query("label == 'macro'").set_index('group')
+    assert r.difference['F'] == pytest.approx(m.accuracy['F']-m.accuracy['M']) and r.p['F'] > 0
+    without = gaps(p, 'sex', no_finding='c', **kw).query("label == 'macro'").set_index('gap').value
+    ab = t[(t.by == 'sex') & t.label.isin(['a', 'b'])].groupby('group').accuracy.mean()
+    assert without['accuracy_gap'] == pytest.approx(abs(ab['F']-ab['M']))
+
+
+def test_groups_are_compared_on_the_same_labels():
+    p = fake_predictions(300, ('a', 'b')); df = p.df.assign(y_a=p.df.y_a.where(p.df.sex == 'M', 0.)); q = Predictions(df, p.labels)
+    t = by_group(q, 'sex', macro=True, n_boot=5).query("by == 'sex'").set_index(['group', 'label'])
+    assert t.auroc['M', 'macro'] == t.auroc['M', 'b'] and t.auroc['F', 'macro'] == t.auroc['F', 'b'] and t.note['M', 'macro'] == 'without a'
+    assert t.fpr['M', 'macro'] == pytest.approx((t.fpr['M', 'a']+t.fpr['M', 'b'])/2)       # false positives exist for both
+
+
+def test_patients_without_the_label_do_not_count():
+    p = fake_predictions(300, ('a', 'b')); df = p.df.copy(); few = df.patient_id[(df.sex == 'F') & (df.split == 'test')].unique()[3:]
+    df.loc[df.patient_id.isin(few), 'y_a'] = np.nan
+    t = by_group(Predictions(df, p.labels), 'sex', n_boot=5).set_index(['group', 'label'])
+    assert t.note['F', 'a'] == 'only 3 patients (minimum 10)' and np.isnan(t.accuracy['F', 'a']) and np.isfinite(t.accuracy['F', 'b'])
+    q = gaps(Predictions(df, p.labels), 'sex', n_boot=5).set_index(['label', 'gap']).value
+    assert np.isnan(q['a', 'accuracy_gap']) and np.isfinite(q['b', 'accuracy_gap'])
+    r = against_rest(Predictions(df, p.labels), 'sex', n_boot=5).set_index(['label', 'group']); assert np.isnan(r.difference['a', 'F']) and r.note['a', 'F']
+
+
+def test_published_accuracy_difference_against_the_rest():
+    "Published: accuracy of the band minus the mean accuracy of the other bands, weighted by their images"
+    p = fake_predictions(400, ('x',)); t = by_group(p, 'age_band', n_boot=2, min_size=1).query("by == 'age_band'").set_index('group')
+    r = against_rest(p, 'age_band', n_boot=2, min_size=1).set_index('group').difference
+    for g in t.index:
+        o = t.drop(g); assert r[g] == pytest.approx(t.accuracy[g]-np.average(o.accuracy, weights=o.n), abs=1e-12)
 
 
 def test_age_bands():
@@ -142,3 +225,20 @@ def test_wrong_settings():
     with pytest.raises(ConfigError, match="metric 'auc'"): against_rest(p, 'sex', 'auc')
     with pytest.raises(ConfigError, match='unit is'): gaps(p, 'sex', unit='eye')
     with pytest.raises(DataError, match="no 'valid' rows"): gaps(Predictions(p.df[p.df.split == 'test'], p.labels), 'sex')
+    with pytest.raises(DataError, match='no threshold for'): by_group(p, 'sex', threshold=pd.DataFrame(dict(model=['model'], label=['effusion'], threshold=[.5])))
+    with pytest.raises(ConfigError, match='no metric'): by_group(p, 'sex', intervals=('brier',))
+
+
+def test_one_patient_and_constant_scores():
+    p = fake_predictions(60, ('x',)); test = p.df[p.df.split == 'test']
+    t = by_group(Predictions(test.assign(patient_id='a'), ['x']), 'sex', threshold=.5, n_boot=5)
+    assert (t.note == 'only 1 patients (minimum 10)').all() and t.auroc.isna().all()
+    t = by_group(Predictions(test.assign(score_x=.5), ['x']), 'sex', threshold=.5, min_size=1, n_boot=5)
+    assert (t.auroc == .5).all() and t.note.str.contains('all scores are equal').all()
+    with pytest.raises(DataError, match='NaN or infinite'): by_group(Predictions(test.assign(score_x=np.nan), ['x']), 'sex', threshold=.5)
+
+
+def test_multiclass_by_group():
+    p = fake_predictions(200, ('x',)); df = p.df.rename(columns=dict(score_x='score_x_1')); df['score_x_0'] = 1-df.score_x_1
+    t = by_group(Predictions(df, ['x'], 'multiclass'), 'sex', n_boot=5, macro=True).set_index(['group', 'label'])
+    assert t.auroc['F', 'x=0'] == pytest.approx(t.auroc['F', 'x=1']) == pytest.approx(t.auroc['F', 'macro'])
