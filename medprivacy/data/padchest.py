@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PADCHEST_LABELS', 'label_lists', 'read_padchest', 'fake_padchest']
 
-# %% ../../nbs/08a_data.padchest.ipynb #cf40f044
+# %% ../../nbs/08a_data.padchest.ipynb #61a21a95
 import ast
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .core import Records
 from .fake import fake_image, fake_people, write_csv
 from .source import find_file, finish, map_codes, need_parts, read_csv
 
-# %% ../../nbs/08a_data.padchest.ipynb #7dd6bbb5
+# %% ../../nbs/08a_data.padchest.ipynb #657817f5
 PADCHEST_LABELS = ('normal', 'cardiomegaly', 'pleural effusion', 'pneumonia', 'infiltrates', 'atelectasis',
                    'consolidation', 'nodule', 'mass', 'emphysema', 'pulmonary fibrosis', 'pleural thickening',
                    'pneumothorax', 'pulmonary edema', 'hiatal hernia')
@@ -48,7 +48,7 @@ def label_lists(
     return pd.DataFrame({l: text.map({t: np.nan if s is None else float(l in s) for t,s in names.items()})
                          for l in labels}, index=col.index)
 
-# %% ../../nbs/08a_data.padchest.ipynb #7914d46f
+# %% ../../nbs/08a_data.padchest.ipynb #b818aa9f
 def _year(col, pattern, where):
     text = as_text(col)
     year = text.str.extract(pattern)[0].astype(float)
@@ -61,7 +61,7 @@ def _age(df):
     return (_year(df.StudyDate_DICOM, r'^(\d{4})(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])$', 'StudyDate_DICOM')
             - _year(df.PatientBirth, r'^(\d{4})$', 'PatientBirth'))
 
-# %% ../../nbs/08a_data.padchest.ipynb #947647e4
+# %% ../../nbs/08a_data.padchest.ipynb #35dc542d
 _LAYOUTS = ('{d}/{i}', '{i}', 'images/{d}/{i}', 'images/{i}', 'images-224/{i}')
 _IEND = b'\x00\x00\x00\x00IEND\xaeB\x60\x82'
 
@@ -80,7 +80,7 @@ def _paths(df, root):
     some = [l for l in _LAYOUTS if any((root/l.format(d=d, i=i)).is_file() for d,i in rows[:200])]
     return [(some or _LAYOUTS)[0].format(d=d, i=i) for d,i in rows]
 
-# %% ../../nbs/08a_data.padchest.ipynb #42d26420
+# %% ../../nbs/08a_data.padchest.ipynb #220029f9
 def _drop_damaged(df, root, missing):
     if missing == 'keep': return df
     whole = np.array([_whole(root/p) for p in df.path])
@@ -92,7 +92,7 @@ def _drop_damaged(df, root, missing):
     print(f'padchest: left out {n} of {len(df)} rows whose file is truncated, e.g. {first}')
     return df[whole].reset_index(drop=True)
 
-# %% ../../nbs/08a_data.padchest.ipynb #94c9f256
+# %% ../../nbs/08a_data.padchest.ipynb #132ae2b7
 _ACCESS = 'on request, bimcv.cipf.es/bimcv-projects/padchest'
 _VIEWS  = dict(PA='PA', L='L', AP='AP', AP_horizontal='AP', COSTAL=None, EXCLUDE=None)
 _NEED   = ('ImageID', 'ImageDir', 'StudyDate_DICOM', 'StudyID', 'PatientID', 'PatientBirth', 'PatientSex_DICOM',
@@ -113,7 +113,7 @@ def _padchest_table(path, labels):
         labelled_by=map_codes(df.MethodLabel, {'Physician': 'physician', 'RNN_model': 'model'}, 'MethodLabel'))).join(
         label_lists(df.Labels, labels))
 
-# %% ../../nbs/08a_data.padchest.ipynb #e1194c1f
+# %% ../../nbs/08a_data.padchest.ipynb #c3660797
 def read_padchest(
     root:str|Path,               # Folder with the table and the images
     labels:list=None,            # Names in `Labels`; default: those of `PADCHEST_LABELS` that occur
@@ -135,13 +135,13 @@ def read_padchest(
     if only_physician: df = df[df.labelled_by == 'physician']
     if not len(df): raise DataError('padchest: no row is left; change projections or only_physician')
     df = _drop_damaged(df.reset_index(drop=True), root, missing)
-    out = finish(df, root, labels, name='padchest', missing=missing, infants=infants)
+    out = finish(df, root, labels, name='padchest', missing=missing, infants=infants, bits=16)
     n, patients = len(out), out.df.patient_id.nunique()
     if n < 160_000 or patients < 67_000:
         print(f'WARNING padchest: published are more than 160,000 images of 67,000 patients; here {n} of {patients}')
     return out
 
-# %% ../../nbs/08a_data.padchest.ipynb #bfb1e374
+# %% ../../nbs/08a_data.padchest.ipynb #14942a23
 _FAKE_COLUMNS = ('ImageID', 'ImageDir', 'StudyDate_DICOM', 'StudyID', 'PatientID', 'PatientBirth', 'PatientSex_DICOM',
                  'ViewPosition_DICOM', 'Projection', 'Pediatric', 'MethodProjection', 'Modality_DICOM',
                  'Manufacturer_DICOM', 'PhotometricInterpretation_DICOM', 'ReportID', 'Report', 'MethodLabel', 'Labels',
@@ -169,7 +169,7 @@ def _fake_row(p, k, i, rng):
                 Localizations="['loc right']", LabelsLocalizationsBySentence=str([f + ' loc right' for f in few]),
                 LabelCUIS='[]', LocalizationsCUIS='[]')
 
-# %% ../../nbs/08a_data.padchest.ipynb #422455a1
+# %% ../../nbs/08a_data.padchest.ipynb #fa38efbf
 def fake_padchest(
     root:str|Path,        # Folder to be made
     n_patients:int=20,    # Patients; the first has nine images
