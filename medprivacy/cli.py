@@ -7,16 +7,15 @@ __all__ = ['medprivacy_demo', 'medprivacy_obfuscate', 'medprivacy_attack', 'medp
            'medprivacy_report']
 
 # %% ../nbs/70_cli.ipynb #bd3fc230
-import functools, sys
+import functools, os, sys
 from pathlib import Path
 
 from fastcore.meta import delegates
 from fastcore.script import call_parse, store_true
 
-from .core import ConfigError, MedPrivacyError, Run, add_config, add_table, open_run, pick_device
-from .data.core import load_predictions
-from .evaluate import metrics_table
-from .fairness import by_group
+from .assess import assess, joined, write_assessment
+from .core import ConfigError, MedPrivacyError, Run, add_config, add_record, open_run, pick_device
+from .data.core import Predictions, load_predictions
 from .obfuscate import Obfuscator
 from .report import report
 from .settings import check_epsilons, check_settings, read_options
@@ -52,9 +51,10 @@ def _known(size, seed, dataset, csv, root, labels, options, unreadable):
                 options=read_options(options), size=size, seed=seed, name=dataset, unreadable=unreadable)
 
 def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality='cxr', dataset=None, options=None,
-          unreadable='raise', **cols):
+          unreadable='raise', cache=None, **cols):
     "The section `data` of a run: a known set or a table if there is one, else phantoms"
     check_settings(size=size, seed=seed, n_patients=n_patients, modality=modality, unreadable=unreadable)
+    if cache: os.environ['MEDPRIVACY_CACHE'] = cache    # all stages of this process load their images through it
     if dataset is not None: return _known(size, seed, dataset, csv, root, labels, options, unreadable)
     if csv is None:
         return dict(phantom=True, modality=modality, n_patients=n_patients, size=size, seed=seed,
@@ -90,6 +90,7 @@ def _data_args(
     age:str='age',                  # Column with the age
     sex_codes:str=None,             # Codes of the sex column, e.g. 1=M,2=F
     unreadable:str='raise',         # Images that cannot be decoded: raise, or quarantine (leave out and list)
+    cache:str=None,                 # Folder for decoded images, shared by runs; default: that of MEDPRIVACY_CACHE, or none
     n_patients:int=600,             # Phantom patients
     modality:str='cxr',             # Phantoms: cxr or fundus
 ) -> None: pass
@@ -237,6 +238,14 @@ def medprivacy_train(
     _show(use.loc[use.label == 'macro', ['condition', 'auroc', 'auroc_lo', 'auroc_hi', 'n', 'n_patients']].round(3))
 
 # %% ../nbs/70_cli.ipynb #e4b77dae
+def _one_model(file, model):
+    "Predictions of a file, or of one model in it"
+    preds = load_predictions(file)
+    if model is None: return preds
+    df = preds.df[preds.df.model == model]
+    if not len(df): raise ConfigError(f'{file} holds no model {model!r}; found {", ".join(map(str, preds.df.model.unique()))}')
+    return Predictions(df, preds.labels, preds.task)
+
 @call_parse
 @_one_line_errors
 def medprivacy_evaluate(
@@ -247,18 +256,26 @@ def medprivacy_evaluate(
     seed:int=0,                     # Of the resamples
     overwrite:store_true=False,     # Replace an existing run folder
 ) -> None:
-    "Metrics with patient-level intervals, overall and by sex and age band"
+    "Judge predictions: metrics with patient-level intervals, by sex and age band, calibrated or not, against another model"
     if predictions is None: raise ConfigError('--predictions is missing: name a CSV or Parquet file')
-    preds = load_predictions(predictions)
+    check_settings(n_boot=n_boot, seed=seed, unit=unit)
     try: rule = float(threshold)
     except ValueError: rule = threshold
-    kw = dict(threshold=rule, n_boot=n_boot, seed=seed)
-    table = metrics_table(preds, **kw).rename(columns={'model': 'condition'})
-    groups = by_group(preds, **kw).rename(columns={'model': 'condition'})
-    run = open_run(out, dict(data=dict(phantom=False, name=Path(predictions).stem), evaluate=kw), overwrite=overwrite)
-    add_table(run, 'utility', table); add_table(run, 'groups', groups)
-    _show(table[['condition', 'label', 'auroc', 'auroc_lo', 'auroc_hi', 'sensitivity', 'specificity', 'n',
-                 'n_patients']].round(3))
+    preds, pairs, files = _one_model(predictions, model), (), [Path(f).name for f in (predictions, against) if f]
+    if against is not None:
+        preds, *pair = joined(preds, _one_model(against, against_model), tuple(Path(f).stem for f in (predictions, against)))
+        pairs = [tuple(pair)]
+    kw    = dict(threshold=rule, n_boot=n_boot, seed=seed, unit=unit)
+    found = assess(preds, pairs, **kw)
+    cfg   = dict(data=dict(phantom=False, name=' against '.join(files)), evaluate=dict(kw, predictions=files))
+    run   = open_run(out, cfg, overwrite=overwrite)
+    add_record(run, 'data', predictions=files, labels=list(preds.labels), phantom=False, name=files[0])
+    write_assessment(run, found)
+    _show(found.tables['utility'][['condition', 'label', 'auroc', 'auroc_lo', 'auroc_hi', 'sensitivity', 'specificity', 'n',
+                                   'n_patients']].round(3))
+    if pairs: _show(found.tables['comparison'][['metric', 'label', 'a', 'b', 'difference', 'lo', 'hi', 'p', 'p_holm']].round(4))
+    for n in found.notes: print(f'note: {n}')
+    print(f'report: {report(run)}')
 
 @call_parse
 @_one_line_errors

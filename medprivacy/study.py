@@ -21,17 +21,17 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 
 import medprivacy.dp.callback
+from .assess import assess, write_assessment
 from .attack import attack_attribute, matched_noise, mean_change
 from .core import (ConfigError, Run, add_config, add_record, add_summary, add_table, atomic_write,
                              seed_everything, stage)
 from .data.cohort import split_hash
 from .data.core import SPLITS, Predictions, Records, concat_predictions, read_table, save_predictions
-from .data.load import load_images, records_dls
+from .data.load import drop_unreadable, load_images, records_dls
 from .data.phantom import make_phantom, read_phantom
 from .data.registry import read_dataset
 from .data.split import complete_split
-from .evaluate import auroc_ci, metrics_table
-from .fairness import by_group
+from .evaluate import auroc_ci
 from .leakage import leakage_table
 from .models.resnet import create_classifier
 from .obfuscate import Obfuscator, train_obfuscator
@@ -58,7 +58,9 @@ def check_data(
     data:dict,    # Section `data` of a run
 ) -> None:
     "Read the table and decode every image once, so that a fault is found before a run folder is made or replaced"
-    if not data['phantom']: load_images(_table(data), 8, 1)
+    if data['phantom']: return
+    recs = _table(data)
+    if data.get('unreadable', 'raise') == 'raise': load_images(recs, 8, 1, cache=False)
 
 # %% ../nbs/65_study.ipynb #341ffd94
 def _sizes(records):
@@ -77,6 +79,7 @@ def study_records(
     "Read or draw the images of a run and split their patients"
     d = run.config['data']
     recs = _phantoms(run, d) if d['phantom'] else _table(d)
+    if d.get('unreadable') == 'quarantine': recs = drop_unreadable(recs, run.path/'quarantine.csv', channels=1)
     official = bool(recs.df.split.notna().any())
     recs = complete_split(recs, _FRACS, stratify='sex', seed=d['seed'], attack=_ATTACK)
     add_table(run, 'demographics', count_people(recs))
@@ -161,6 +164,11 @@ def _control(run, preds, a, n_boot):
                                                      patient=t.patient_id.to_numpy(), n_boot=n_boot)})
 
 # %% ../nbs/65_study.ipynb #be22dd44
+def _pairs(models):
+    "Which classifier is compared with which: with the one that saw raw images, or was trained without privacy"
+    base = {'obfuscated': 'raw', 'fixed raw classifier': 'raw'} | {m: 'public' for m in models if m.startswith('private')}
+    return [(m, base[m]) for m in models if base.get(m) in models]
+
 def _write_utility(run, preds, n_boot):
     "Add classifiers, as Predictions named by their condition, to the tables of utility and groups"
     path = run.path/'predictions'/'disease.parquet'
@@ -168,12 +176,9 @@ def _write_utility(run, preds, n_boot):
         old = pd.read_parquet(path); old = old[~old.model.isin(preds.df.model.unique())]
         if len(old): preds = Predictions(pd.concat([old, preds.df], ignore_index=True), preds.labels, preds.task)
     save_predictions(preds, path)
-    use = metrics_table(preds, n_boot=n_boot).rename(columns={'model': 'condition'})
-    add_table(run, 'utility', use)
-    add_table(run, 'groups', by_group(preds, n_boot=n_boot).rename(columns={'model': 'condition'}))
-    test = preds.df[preds.df.split == 'test'].drop_duplicates('image_id')
-    add_record(run, 'evaluate', conditions=list(use.condition.unique()), rule='youden', chosen_on='validation', **_BOOT,
-               n_boot=n_boot, images=len(test), patients=test.patient_id.nunique())
+    found = assess(preds, _pairs(preds.df.model.unique()), n_boot=n_boot)
+    write_assessment(run, found)
+    use  = found.tables['utility']
     best = use[use.label == 'macro']
     add_summary(run, {f'{r.condition.replace(" ", "_")}.disease.auroc': dict(value=r.auroc, lo=r.auroc_lo,
                                                                              hi=r.auroc_hi, n=r.n)
