@@ -6,7 +6,7 @@
 __all__ = ['CHEXPERT_LABELS', 'CHEXPERT_COMPETITION', 'Soft', 'soft', 'has_soft', 'uncertain_labels', 'frontal_views',
            'carve_valid', 'fake_chexpert', 'read_chexpert']
 
-# %% ../../nbs/04_data.chexpert.ipynb #4ff5ec55
+# %% ../../nbs/04_data.chexpert.ipynb #245928cd
 import re
 import zlib
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ import pandas as pd
 from ..core import ConfigError, DataError
 from .core import Records
 from .fake import fake_image, fake_people, write_csv
-from .source import _say_counts, finish, map_codes, need_parts, read_csv
+from .source import say_counts, finish, map_codes, need_parts, read_csv
 from .split import split_patients
 
-# %% ../../nbs/04_data.chexpert.ipynb #d148dfa7
+# %% ../../nbs/04_data.chexpert.ipynb #cd9547a2
 @dataclass(frozen=True)
 class Soft:
     "Policy for uncertain labels: a target drawn between `lo` and `hi`"
@@ -46,7 +46,7 @@ def soft(
     "Smooth uncertain labels: a target drawn between `lo` and `hi`"
     return Soft(lo, hi, seed)
 
-# %% ../../nbs/04_data.chexpert.ipynb #bf341728
+# %% ../../nbs/04_data.chexpert.ipynb #a5373247
 def _policies(labels, uncertain, blank):
     if blank not in ('zeros', 'ignore'): raise ConfigError(f"blank must be 'zeros' or 'ignore', got {blank!r}")
     per  = uncertain if isinstance(uncertain, dict) else {l: uncertain for l in labels}
@@ -80,7 +80,7 @@ def uncertain_labels(
         out[l] = y.mask(open_, fill).mask(gone, 0. if blank == 'zeros' else np.nan)
     return pd.DataFrame(out, index=table.index)
 
-# %% ../../nbs/04_data.chexpert.ipynb #8f32688e
+# %% ../../nbs/04_data.chexpert.ipynb #8ee9b3c7
 def frontal_views(
     front:pd.Series,         # 'Frontal' or 'Lateral'
     ap_pa:pd.Series,         # 'AP', 'PA', 'LL', 'RL' or blank
@@ -96,7 +96,7 @@ def frontal_views(
                                       'the table differs from its documentation')
     return ~side, view.mask(side, 'L')
 
-# %% ../../nbs/04_data.chexpert.ipynb #e8d26d8b
+# %% ../../nbs/04_data.chexpert.ipynb #453b58db
 def carve_valid(
     records:Records,     # With a split of train and test
     valid:float=.1,      # Share of the training patients that go to valid; 0: none
@@ -108,7 +108,7 @@ def carve_valid(
     train = split_patients(records.select(split='train'), (1-valid, valid, 0), seed=seed, attack=0).df
     return records.with_split(records.df.image_id.map(train.set_index('image_id').split).fillna(records.df.split))
 
-# %% ../../nbs/04_data.chexpert.ipynb #514a94c3
+# %% ../../nbs/04_data.chexpert.ipynb #722fe9d4
 _FAKE_HEAD   = ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA']
 _FAKE_LABELS = ['No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema',
                 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion', 'Pleural Other',
@@ -118,7 +118,7 @@ def _fake_labels(n, codes, rng):
     "n rows of label texts, every code about equally often in each column"
     return pd.DataFrame({l: rng.permutation(np.resize(codes, n)) for l in _FAKE_LABELS}, dtype=object)
 
-# %% ../../nbs/04_data.chexpert.ipynb #2eaeda1b
+# %% ../../nbs/04_data.chexpert.ipynb #7c93a1cd
 def _fake_views(n_patients, seed):
     "One row per image: patient number, part, path below the release folder, side, sex, age"
     rows = []
@@ -130,7 +130,7 @@ def _fake_views(n_patients, seed):
                              path=f'{part}/patient{p.number:05d}/study{1 + v//2}/view{1 + v%2}_{side}.jpg'))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/04_data.chexpert.ipynb #7d750c99
+# %% ../../nbs/04_data.chexpert.ipynb #a86dbeaa
 def fake_chexpert(
     root:str|Path,                           # Folder to make; it takes the place of the release folder
     n_patients:int=20,                       # At least 10; a fifth of them stand in `valid.csv`
@@ -154,7 +154,7 @@ def fake_chexpert(
     for i,p in enumerate(im.path): fake_image(root/p, seed=seed+i)
     return root
 
-# %% ../../nbs/04_data.chexpert.ipynb #fde4f5f4
+# %% ../../nbs/04_data.chexpert.ipynb #21888339
 CHEXPERT_LABELS = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema',
                    'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion', 'Pleural Other',
                    'Fracture', 'Support Devices')
@@ -187,7 +187,7 @@ def _split_paths(col, part):
     return dict(image_id=[k[1] for k in m], path=[f'{k[1]}.jpg' for k in m], patient_id=[k[3] for k in m],
                 study_id=[f'{k[3]}/{k[4]}' for k in m])
 
-# %% ../../nbs/04_data.chexpert.ipynb #fb586147
+# %% ../../nbs/04_data.chexpert.ipynb #f88d5c89
 def _countable(part, labels, uncertain):
     "The published counts that must hold of a table: no label that is not read, or whose uncertain rows became positive"
     policy = _policies(labels, uncertain, 'zeros')
@@ -208,11 +208,11 @@ def _read_part(home, part, labels, uncertain, blank, frontal, missing):
                            split=dict(valid='test').get(part, part),
                            sex=map_codes(t.Sex, {'Male': 'M', 'Female': 'F', 'Unknown': None}, 'Sex'))).join(y)
     name, is_soft = f'chexpert {part}.csv', has_soft(labels, uncertain)
-    _say_counts(Records(df, home, labels, name=name), _countable(part, labels, uncertain))
+    say_counts(Records(df, home, labels, name=name), _countable(part, labels, uncertain))
     return finish(df[is_front] if frontal else df, home, labels, name=name + ', frontal'*frontal, missing=missing,
                   topcode=90, soft=is_soft)
 
-# %% ../../nbs/04_data.chexpert.ipynb #84226876
+# %% ../../nbs/04_data.chexpert.ipynb #d18834aa
 def read_chexpert(
     root:str|Path,                # The folder with `train.csv`, or the one above it
     labels:list=None,             # Default: `CHEXPERT_LABELS`, all 14

@@ -6,7 +6,7 @@
 __all__ = ['SECTIONS', 'RACES', 'section_labels', 'race_groups', 'add_demographics', 'fake_demographics', 'fake_chexpert_plus',
            'read_chexpert_plus']
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #5e5519aa
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #88e5a428
 import json
 import re
 from pathlib import Path
@@ -19,9 +19,9 @@ from .chexpert import (CHEXPERT_LABELS, _fake_labels, _fake_views, carve_valid, 
                                       uncertain_labels)
 from .core import Records
 from .fake import fake_image, write_csv, write_xlsx
-from .source import _say_counts, find_file, finish, map_codes, need_parts, read_csv, read_xlsx
+from .source import say_counts, find_file, finish, map_codes, need_parts, read_csv, read_xlsx
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #22bb2f34
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #469bdd30
 SECTIONS = ('impression', 'findings', 'report')
 
 def _read_lines(path, labels):
@@ -58,7 +58,7 @@ def section_labels(
     y.loc[~have] = np.nan
     return y
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #d782b74b
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #0caaf34f
 _PATH = re.compile(r'(?:PNG/PNG/)?((?:train|valid)/(patient\d+)/(study\d+)/[\w-]+)\.(?:jpg|png)')
 
 def _split_paths(t):
@@ -75,7 +75,7 @@ def _split_paths(t):
                              patient_id=folder.groupby(t.deid_patient_id).transform('min'),
                              study_id=[f'{k[2]}/{k[3]}' for k in m]), index=t.index)
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #fcc488d7
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #54db5a8e
 RACES = {'white': 'white', 'white or caucasian': 'white', 'caucasian': 'white', 'black': 'black',
          'black or african american': 'black', 'african american': 'black', 'asian': 'asian',
          'asian - historical conv': 'asian', 'native american': 'native american',
@@ -94,7 +94,7 @@ def race_groups(
     text = text.str.replace(r',\s*(non-)?hispanic\s*$', '', case=False, regex=True)
     return map_codes(text, RACES | (races or {}), "race, to be extended with races={'spelling': 'group'}")
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #78ddd81d
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #5535e845
 def add_demographics(
     records:Records,       # Of CheXpert or CheXpert Plus
     xlsx:str|Path,         # `CHEXPERT DEMO.xlsx`, from the same portal
@@ -115,7 +115,7 @@ def add_demographics(
     return records._with(records.df.assign(race=folder.map(t.race).where(has_row, 'unknown'),
                                            ethnicity=folder.map(t.ETHNICITY)))
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #7b737b05
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #5d53af29
 _FAKE_RACES = ['White', 'White, non-Hispanic', 'Asian', 'Black or African American', 'Other', 'Unknown', None]
 _FAKE_TEXT  = 'INVENTED REPORT, for tests:\n1. no patient,\n"no" finding.'
 
@@ -131,7 +131,7 @@ def fake_demographics(
                            ETHNICITY=np.resize(['Non-Hispanic/Non-Latino', 'Hispanic/Latino', 'Unknown'], n)))
     return write_xlsx(Path(root)/'CHEXPERT DEMO.xlsx', df.sample(frac=1, random_state=seed))
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #d5a0e9bb
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #258fc3c4
 def _fake_table(im, seed):
     "The main table for the images of `_fake_views`"
     first = ~im.number.duplicated()
@@ -146,7 +146,7 @@ def _fake_table(im, seed):
         df.loc[first & (im.number == number), column] = value
     return df
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #bad483d4
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #82a68bd0
 def fake_chexpert_plus(
     root:str|Path,         # Folder to make
     n_patients:int=20,     # At least 10
@@ -169,7 +169,7 @@ def fake_chexpert_plus(
     fake_demographics(root, [f'patient{k:05d}' for k in im.number.unique()], seed)
     return root
 
-# %% ../../nbs/04a_data.chexpert_plus.ipynb #569c6f08
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #f7662c7c
 _ACCESS  = 'register at https://aimi.stanford.edu (Stanford research use agreement; CheXpert Plus)'
 _COLUMNS = ('path_to_image', 'frontal_lateral', 'ap_pa', 'deid_patient_id', 'age', 'sex', 'race', 'ethnicity', 'split')
 
@@ -194,14 +194,14 @@ def read_chexpert_plus(
     root = need_parts(root, ('PNG/PNG', f'chexbert_labels/{section}_fixed.json'), name='chexpert_plus', access=_ACCESS)
     csv = find_file(root, ('df_chexpert_plus_240401.csv', 'df_chexpert_plus_*.csv'), name='chexpert_plus',
                     access=_ACCESS)
-    t = read_csv(csv, _COLUMNS)[list(_COLUMNS)]
+    t = read_csv(csv, _COLUMNS, only=True)[list(_COLUMNS)]
     y = section_labels(root/'chexbert_labels'/f'{section}_fixed.json', t.path_to_image, labels, uncertain, blank)
     is_front, view = frontal_views(t.frontal_lateral, t.ap_pa, csv.name)
     df = _split_paths(t).assign(
         sex=map_codes(t.sex, {'Male': 'M', 'Female': 'F', 'Unknown': None}, 'sex'), age_raw=t.age, view=view,
         race=race_groups(t.race, races), ethnicity=t.ethnicity,
         split=map_codes(t.split, {'train': 'train', 'valid': 'test'}, 'split')).join(y)
-    _say_counts(Records(df, root, labels, name='chexpert_plus'), {'images': 223228, 'patients': 64725})
+    say_counts(Records(df, root, labels, name='chexpert_plus'), {'images': 223228, 'patients': 64725})
     records = finish(df[is_front] if frontal else df, root, labels, name='chexpert_plus', missing=missing, topcode=90,
                      soft=is_soft)
     return carve_valid(records, valid)
