@@ -250,9 +250,13 @@ def _one_model(file, model):
 @_one_line_errors
 def medprivacy_evaluate(
     predictions:str=None,           # CSV or Parquet: image_id, patient_id, y_<label>, score_<label>
+    against:str=None,               # The same for another model on the same images: a paired comparison
+    model:str=None,                 # Which model of --predictions, where it holds several
+    against_model:str=None,         # Which model of --against, where it holds several
     out:str='runs/evaluate',        # Run folder for the tables
-    threshold:str='youden',         # Rule, chosen on rows whose split is valid; or a number
-    n_boot:int=1000,                # Resamples of patients
+    threshold:str='youden',         # Rule, chosen on rows whose split is valid (sensitivity=0.9, rate=0.1); or a number
+    unit:str='patient',             # What is resampled: patient or image
+    n_boot:int=1000,                # Number of resamples
     seed:int=0,                     # Of the resamples
     overwrite:store_true=False,     # Replace an existing run folder
 ) -> None:

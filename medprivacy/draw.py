@@ -6,7 +6,7 @@
 __all__ = ['SHRINK', 'half_width', 'is_half', 'pt', 'styled', 'new_axes', 'fold', 'settle_ticks', 'name_points', 'whiskers',
            'level_line', 'legend_above', 'tidy', 'sizes_text']
 
-# %% ../nbs/59a_draw.ipynb #27d1f3fe
+# %% ../nbs/59a_draw.ipynb #ec66e2d6
 import textwrap
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +22,7 @@ from matplotlib.patheffects import withStroke
 from .core import DataError
 from .style import STYLE, need_columns
 
-# %% ../nbs/59a_draw.ipynb #00714c18
+# %% ../nbs/59a_draw.ipynb #8621ba57
 _HALF = ContextVar('half', default=False)
 SHRINK = .75    # letters at half width, against those of a report
 
@@ -56,13 +56,15 @@ def new_axes(
     ax:Axes,           # Drawn here; None makes a figure
     width:float,       # Inches in a report
     height:float,      # Inches in a report
+    *,
+    shrink:float=.68,  # Share of the height that is left at half width: about a half for squares
     **kw               # Of `plt.subplots`
 ) -> Axes:             # `ax`, or new axes (an array when there are several)
     "Give axes of the right size"
     if ax is not None: return ax
-    return plt.subplots(figsize=(width/2, height*.68) if is_half() else (width, height), **kw)[1]
+    return plt.subplots(figsize=(width/2, height*shrink) if is_half() else (width, height), **kw)[1]
 
-# %% ../nbs/59a_draw.ipynb #6aea1dd9
+# %% ../nbs/59a_draw.ipynb #ff0d6724
 def fold(
     ax:Axes,           # Whose width counts
     text:str,          # Lines
@@ -87,7 +89,7 @@ def settle_ticks(
         for t in ax.get_xticklabels(): t.set(rotation=90, va='top', ha='center', linespacing=1.)
     return ax
 
-# %% ../nbs/59a_draw.ipynb #40999eb1
+# %% ../nbs/59a_draw.ipynb #0dbc74c4
 _PLACES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
 
 def name_points(
@@ -115,7 +117,7 @@ def name_points(
             break
     return ax
 
-# %% ../nbs/59a_draw.ipynb #39b15d50
+# %% ../nbs/59a_draw.ipynb #30e554fe
 def whiskers(
     ax:Axes,                 # Drawn here
     at:list,                 # Positions
@@ -147,7 +149,7 @@ def legend_above(
     ax.legend(loc='lower left', bbox_to_anchor=(-.01, 1.0), ncols=max(1, (cols+1)//2) if is_half() else cols,
               handlelength=1.8, columnspacing=1.2)
 
-# %% ../nbs/59a_draw.ipynb #ec0b2570
+# %% ../nbs/59a_draw.ipynb #2e000174
 def tidy(
     table:pd.DataFrame,    # A table of results
     value:str,             # Column of the estimate
@@ -170,6 +172,7 @@ def tidy(
 def sizes_text(
     rows:pd.DataFrame,    # Rows of one mark: n, n_patients, as far as known
 ) -> str:                 # `\nn = 240\n(120 patients)`
-    "Write the sample that a mark rests on"
+    "Write the sample that a mark rests on; at half width its patients alone"
     n, p = (rows[c].max() if c in rows else np.nan for c in ('n', 'n_patients'))
+    if is_half() and p == p: return f'\n{p:.0f} patients'    # the unit of every interval
     return ''.join([f'\nn = {n:.0f}' if n == n else '', f'\n({p:.0f} patients)' if p == p else ''])

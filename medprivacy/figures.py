@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_eps_auroc', 'plot_eps_gap', 'plot_size', 'plot_calibration']
 
-# %% ../nbs/59b_figures.ipynb #0a3ca8a3
+# %% ../nbs/59b_figures.ipynb #34676f85
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from .core import DataError
 from .draw import fold, is_half, legend_above, level_line, name_points, new_axes, pt, styled, tidy, whiskers
 from .style import look, need_columns
 
-# %% ../nbs/59b_figures.ipynb #2a75b1a8
+# %% ../nbs/59b_figures.ipynb #92b6fa57
 def _eps_lines(ax, table, value, terms, name):
     if not (table.epsilon > 0).all(): raise DataError('epsilon must be above 0 (inf: without privacy)')
     finite = table.epsilon[np.isfinite(table.epsilon)]
@@ -28,7 +28,7 @@ def _eps_lines(ax, table, value, terms, name):
         if len(p) == 1: whiskers(ax, p.epsilon, p.lo, p.hi, colour=k.colour)
         at = end*1.22**(i-(len(groups)-1)/2)    # groups stand side by side at the end
         for r in free.to_dict('records'):
-            ax.axhline(r[value], color=k.colour, lw=pt(1), ls=':', zorder=1)
+            if len(groups) <= 3: ax.axhline(r[value], color=k.colour, lw=pt(1), ls=':', zorder=1)
             whiskers(ax, [at], [r['lo']], [r['hi']], colour=k.colour)
             ax.plot(at, r[value], k.marker, mfc='white', color=k.colour, zorder=4)
     at = sorted(finite.unique())
@@ -37,7 +37,7 @@ def _eps_lines(ax, table, value, terms, name):
     if len(groups) > 1 or 'group' not in table: legend_above(ax)
     return ax
 
-# %% ../nbs/59b_figures.ipynb #c942bcfd
+# %% ../nbs/59b_figures.ipynb #f057041e
 @styled
 def plot_eps_auroc(
     table:pd.DataFrame,     # Columns epsilon (inf: without privacy), value, lo, hi; optional group: one line each
@@ -69,7 +69,7 @@ def plot_eps_gap(
     _eps_lines(ax, table, value, terms, 'gap').set_ylabel(fold(ax, ylabel or f'{metric},\ngroup − everybody else', .7))
     return ax
 
-# %% ../nbs/59b_figures.ipynb #b5123241
+# %% ../nbs/59b_figures.ipynb #9ca8790a
 @styled
 def plot_size(
     table:pd.DataFrame,           # As `performance_loss` returns it: point, size, public, private, lo and hi of the loss
@@ -102,7 +102,7 @@ def _plain_ticks(ax, x):
     some = some[::max(1, -(-len(some)//(3 if is_half() else 5)))]
     ax.set_xticks(some, [f'{v:,.0f}' if v >= 1 else f'{v:g}' for v in some]); ax.minorticks_off()
 
-# %% ../nbs/59b_figures.ipynb #018fa92a
+# %% ../nbs/59b_figures.ipynb #e0841455
 @styled
 def plot_calibration(
     table:pd.DataFrame,     # As `calibration_curve` returns it: label (or curve), score, observed, lo, hi
@@ -112,7 +112,7 @@ def plot_calibration(
     "Draw the observed share against the mean score, bin by bin"
     curve = 'curve' if 'curve' in table else 'label'
     need_columns(table, (curve, 'score', 'observed', 'lo', 'hi'), 'the calibration table')
-    ax = new_axes(ax, 4.6, 4.9)
+    ax = new_axes(ax, 4.6, 4.9, shrink=.58)
     ax.plot([0, 1], [0, 1], color='#666666', lw=1, ls=(0, (4, 3)), zorder=1)
     for i,(name,rows) in enumerate(table.groupby(curve, sort=False)):
         k, rows = look(name, i), rows.sort_values('score')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_text', 'to_markdown', 'to_latex', 'save_table', 'methods_paragraph']
 
-# %% ../nbs/61c_paper.ipynb #8ff4a9b4
+# %% ../nbs/61c_paper.ipynb #9dcd0b6f
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 from .core import ConfigError, DataError, Run, add_record, atomic_write, open_run
 from .findings import with_interval
 
-# %% ../nbs/61c_paper.ipynb #95fcae16
+# %% ../nbs/61c_paper.ipynb #ca236a75
 _SHORT = dict(auroc='AUROC', auprc='AUPRC', ppv='PPV', npv='NPV', f1='F1', ece='ECE', fpr='FPR', fnr='FNR', n='n')
 
 def in_text(
@@ -36,25 +36,31 @@ def in_text(
     sizes = {c.replace('n_patients', 'patients'): df[c].astype(str) for c in ('n', 'n_patients') if c in df}
     return out.assign(**sizes).reset_index(drop=True)
 
-# %% ../nbs/61c_paper.ipynb #3720b13b
+# %% ../nbs/61c_paper.ipynb #706d6cca
 def to_markdown(
     df:pd.DataFrame,     # A table of text
 ) -> str:                # Pipe table; a pipe inside a cell is escaped
     "Write a table for a README or a pull request"
     return df.map(lambda v: str(v).replace('|', '\\|')).to_markdown(index=False, disable_numparse=True) + '\n'
 
+_TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '<': r'\textless{}', '>': r'\textgreater{}', 'ε': r'$\varepsilon$', 'δ': r'$\delta$',
+        '×': r'$\times$', '−': '$-$', '–': '--', '≥': r'$\geq$', '≤': r'$\leq$', '∞': r'$\infty$', 'Δ': r'$\Delta$', '\u202f': r'\,', '\n': ' '} | {c: '\\'+c for c in '&%$#_{}'}
+
+def _tex(text):
+    t = ''.join(_TEX.get(c, c) for c in str(text))
+    return f'{{{t[0]}}}{t[1:]}' if t.startswith('[') else t    # at the start of a row it would be an option of the line break
+
 def to_latex(
     df:pd.DataFrame,     # A table of text
     caption:str='',      # Says unit, interval and sample
     label:str='',        # For \ref
-) -> str:                # A table environment with rules of booktabs; special characters are escaped
+) -> str:                # A table environment with rules of booktabs; all special characters are escaped
     "Write a table for a paper"
-    text = df.map(str).rename(columns=str)
-    for ch in '&%$#_': caption = caption.replace(ch, '\\'+ch)    # pandas escapes cells, not captions
-    kw = dict(caption=caption) if caption else {}
-    return text.to_latex(index=False, escape=True, column_format='l'*text.shape[1], label=label or None, **kw)
+    text = df.map(_tex).rename(columns=_tex)
+    kw = dict(caption=_tex(caption)) if caption else {}
+    return text.to_latex(index=False, escape=False, column_format='l'*text.shape[1], label=label or None, **kw)
 
-# %% ../nbs/61c_paper.ipynb #db205a4c
+# %% ../nbs/61c_paper.ipynb #a2ea0067
 def save_table(
     df:pd.DataFrame,     # A table of text
     path:str|Path,       # Without ending: .csv, .md and .tex are written
@@ -66,14 +72,16 @@ def save_table(
     made = {'.csv': df.to_csv(index=False), '.md': to_markdown(df), '.tex': to_latex(df, caption, f'tab:{path.name}')}
     return [atomic_write(path.with_name(path.name+e), text) for e,text in made.items()]
 
-# %% ../nbs/61c_paper.ipynb #afb72994
+# %% ../nbs/61c_paper.ipynb #e56deea7
 def _n(k, one, many=None): return f'{k:,} {one if k == 1 else many or one + "s"}'.replace(',', '\u202f')
 def _join(items): return ' and '.join([', '.join(items[:-1]), items[-1]]) if len(items) > 1 else ''.join(items)
 
 def _data_said(r):
+    labels = f"the label{'s'*(len(r['labels']) != 1)} {_join(r['labels'])}"
+    if r.get('predictions'): return f"We judged the predictions in {_join(r['predictions'])}, with {labels}; how they were made is not known here."
     what = f"phantom images drawn by the software ({r['name']})" if r.get('phantom') else f"the {r['name']} images"
     who  = f" of {_n(r['patients'], 'patient')}" if r.get('patients') else ' (patients unknown)'
-    return f"We used {what}: {_n(r['images'], 'image')}{who}, with the label{'s'*(len(r['labels']) != 1)} {_join(r['labels'])}."
+    return f"We used {what}: {_n(r['images'], 'image')}{who}, with {labels}."
 
 def _split_said(r):
     parts = [f"{s} {_n(v['patients'], 'patient')} ({_n(v['images'], 'image')})" for s,v in r['sizes'].items()]
@@ -87,7 +95,7 @@ def _obfuscate_said(r):
             f"{_n(r['images'], 'image')} of {_n(r['patients'], 'patient')} for {_n(r['epochs'], 'epoch')} "
             f"(attack term {r['attack']}, seed {r['seed']}).")
 
-# %% ../nbs/61c_paper.ipynb #5c95a147
+# %% ../nbs/61c_paper.ipynb #69139a0a
 def _boot_said(r, of='of each estimate'):
     return (f"Intervals {of} are {r['level']:.0%} {r['interval']} intervals of {_n(r['n_boot'], 'bootstrap resample')} "
             f"of {r['unit']}s.")
@@ -99,11 +107,13 @@ def _attack_said(r):
             f"and the strongest attacker was chosen inside every resample. {_boot_said(r, 'of leakage')}")
 
 def _evaluate_said(r):
-    rule = f" Thresholds followed the rule {r['rule']!r} on {r['chosen_on']} rows." if r.get('rule') else ''
+    said = {'given': f" The threshold {r['given']:g} was given." if r.get('given') is not None else ' Thresholds were given.',
+            'youden_on_test': ' Thresholds were chosen on the very rows that are judged, which flatters.'}
+    rule = said.get(r.get('rule'), f" Thresholds followed the rule {r.get('rule')!r} on {r.get('chosen_on')} rows." if r.get('rule') else '')
     return (f"Performance of {_join(r['conditions'])} was measured on {_n(r['images'], 'image')} of "
             f"{_n(r['patients'], 'patient')}.{rule} {_boot_said(r)}")
 
-# %% ../nbs/61c_paper.ipynb #ebe95d43
+# %% ../nbs/61c_paper.ipynb #0db2fce7
 def _private_said(r):
     one = (f"A classifier ({r['arch']}) was trained for {_n(r['epochs'], 'epoch')} without privacy and for "
            f"{_n(r['private_epochs'], 'epoch')} with differentially private SGD")
@@ -115,13 +125,15 @@ def _private_said(r):
             (f" Not covered by this budget: {'; '.join(r['unaccounted'])}." if r.get('unaccounted') else ''))
 
 def _against_said(r):
-    return (f"{r['a']} and {r['b']} were compared on the same {_n(r['images'], 'image')} and the same resamples, with two-sided "
-            f"p-values{' and Holm correction over labels' if r['holm'] else ''}.")
+    def pair(p): return f"{p['a']} was compared with {p['b']} on the same {_n(p['images'], 'image')} of {_n(p['patients'], 'patient')}"
+    said = '; '.join(pair(p) for p in r['pairs'])
+    return (f"{said}. Both models of a pair were judged on the same "
+            f"resamples, with two-sided p-values{' and Holm correction over labels' if r['holm'] else ''}.")
 
 _SAID = dict(data=_data_said, split=_split_said, obfuscate=_obfuscate_said, attack=_attack_said, train=_private_said,
              evaluate=_evaluate_said, against=_against_said)
 
-# %% ../nbs/61c_paper.ipynb #892ad91f
+# %% ../nbs/61c_paper.ipynb #0d32129e
 def methods_paragraph(
     run:Run|str|Path|Mapping,    # A run, its folder, or its record
 ) -> str:                        # English sentences, one per recorded stage

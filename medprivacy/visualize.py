@@ -6,7 +6,7 @@
 __all__ = ['contact_sheet', 'show_views', 'plot_attack_bars', 'plot_utility_bars', 'plot_privacy_utility', 'plot_learning_curves',
            'plot_roc', 'plot_panels', 'plot_demographics', 'plot_subgroups']
 
-# %% ../nbs/60_visualize.ipynb #ee471bf5
+# %% ../nbs/60_visualize.ipynb #592d1ff3
 import math
 
 import numpy as np
@@ -22,7 +22,7 @@ from .draw import (fold, half_width, is_half, legend_above, level_line, new_axes
 from .figures import plot_calibration, plot_eps_auroc, plot_eps_gap, plot_size    # so that all are found here
 from .style import Look, look, need_columns
 
-# %% ../nbs/60_visualize.ipynb #796a56b8
+# %% ../nbs/60_visualize.ipynb #c894cdc0
 def _pictures(x, what):
     x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x, dtype=float)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
@@ -38,7 +38,7 @@ def _picture(ax, im, title='', **kw):
     ax.set_title(title, fontsize=pt(9))
     return ax.imshow(im.squeeze() if grey else im, interpolation='nearest', **kw)
 
-# %% ../nbs/60_visualize.ipynb #ffe3be50
+# %% ../nbs/60_visualize.ipynb #e086e2df
 @styled
 def contact_sheet(
     x:np.ndarray,      # Images (B,C,H,W) in [0,1]; C 1 grey, 3 colour
@@ -51,12 +51,12 @@ def contact_sheet(
     titles = [''] * len(ims) if titles is None else list(titles)
     if len(titles) != len(ims): raise DataError(f'{len(titles)} titles for {len(ims)} images; give one each')
     cols = min(cols, len(ims)); rows = math.ceil(len(ims)/cols)
-    axs = new_axes(None, 1.5*cols, (1.5 + .3*any(titles))*rows, nrows=rows, ncols=cols, squeeze=False)
+    axs = new_axes(None, 1.5*cols, (1.5 + .3*any(titles))*rows, shrink=.52, nrows=rows, ncols=cols, squeeze=False)
     for a in axs.flat: a.set_axis_off()
     for a,im,title in zip(axs.flat, ims, titles): _picture(a, im, title)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #bf5e7be8
+# %% ../nbs/60_visualize.ipynb #fa216588
 @styled
 def show_views(
     original:np.ndarray,      # Images (B,C,H,W) in [0,1]; a tensor will do
@@ -70,7 +70,7 @@ def show_views(
     if a.shape != b.shape: raise DataError(f'original is (B,H,W,C) {a.shape}, obfuscated {b.shape}; pass pairs')
     d, n, titles = (b-a).mean(-1), len(a), [''] * len(a) if titles is None else titles
     limit = limit or max(np.abs(d).max(), 1e-3)
-    axs = new_axes(None, 1.45*n+1.2, 4.7, nrows=3, ncols=n, squeeze=False)
+    axs = new_axes(None, 1.45*n+1.2, 4.7, shrink=.56, nrows=3, ncols=n, squeeze=False)
     for i in range(n):
         _picture(axs[0,i], a[i], titles[i])
         _picture(axs[1,i], b[i])
@@ -81,7 +81,7 @@ def show_views(
     bar.set_label('Δ intensity\n(0 to 1 scale)', fontsize=pt(8))
     return axs
 
-# %% ../nbs/60_visualize.ipynb #57945058
+# %% ../nbs/60_visualize.ipynb #58f280e6
 def _unique(column): return list(dict.fromkeys(column))
 
 def _bars(ax, table, across, series, value, base=.5):
@@ -106,7 +106,7 @@ def _bars(ax, table, across, series, value, base=.5):
     level_line(ax); legend_above(ax)
     return settle_ticks(ax)
 
-# %% ../nbs/60_visualize.ipynb #dbd4b375
+# %% ../nbs/60_visualize.ipynb #e3c20a88
 @styled
 def plot_attack_bars(
     table:pd.DataFrame,       # Columns condition, model ('strongest' is black), leakage, lo, hi; optional n, n_patients
@@ -122,7 +122,7 @@ def plot_attack_bars(
     ax.set_ylabel(f'leakage of {attribute}\n(0.5 = chance, 1 = perfect)')
     return ax
 
-# %% ../nbs/60_visualize.ipynb #601a2eae
+# %% ../nbs/60_visualize.ipynb #9048947a
 @styled
 def plot_utility_bars(
     table:pd.DataFrame,       # Columns condition, label (one may be 'macro'), value, lo, hi; optional n, n_patients
@@ -138,7 +138,7 @@ def plot_utility_bars(
     ax.set_ylabel('disease AUROC\n(0.5 = chance)')
     return ax
 
-# %% ../nbs/60_visualize.ipynb #dd2458b6
+# %% ../nbs/60_visualize.ipynb #f796d049
 @styled
 def plot_privacy_utility(
     table:pd.DataFrame,     # Columns condition, leakage, leakage_lo, leakage_hi, auroc, auroc_lo, auroc_hi
@@ -158,13 +158,13 @@ def plot_privacy_utility(
     ax.set_xlim(min(.48, table.leakage_lo.min()-.02), 1.02)
     ax.set_ylim(math.floor(min(table.auroc_lo.min(), .78)*20-.5)/20, 1.01)
     level_line(ax, flat=False); ax.grid(True); legend_above(ax)
-    ax.set_xlabel(fold(ax, f'leakage of {attribute}, strongest attacker (0.5 = chance)'))
+    ax.set_xlabel(fold(ax, f'leakage of {attribute}, strongest attacker (0.5\xa0=\xa0chance)'))
     ax.set_ylabel('disease AUROC, mean of labels')
     ax.annotate('better', (.025, .95), (.16, .84), xycoords='axes fraction', fontsize=pt(9), color='#555555', va='center',
                 arrowprops={'arrowstyle': '->', 'color': '#555555'})
     return ax
 
-# %% ../nbs/60_visualize.ipynb #20ec1be4
+# %% ../nbs/60_visualize.ipynb #423f3ed8
 @styled
 def plot_learning_curves(
     history:pd.DataFrame,    # Columns model, epoch, train_loss, valid_loss, valid_auroc; optional condition
@@ -189,7 +189,7 @@ def plot_learning_curves(
     axs[0,0].figure.legend(handles.values(), handles.keys(), loc='outside upper left', ncols=2 if is_half() else 4)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #95c02f81
+# %% ../nbs/60_visualize.ipynb #b70069a4
 @styled
 def plot_roc(
     curves:pd.DataFrame,          # Columns curve, fpr, tpr; with one model and a column label, a curve per label
@@ -204,7 +204,7 @@ def plot_roc(
     elif 'label' in curves and curves.label.nunique() > 1:
         raise DataError('several models and labels: choose one label, or draw `plot_panels(plot_roc, curves, points)`')
     if points is not None: need_columns(points, ('curve', 'fpr', 'tpr'), 'the table of working points')
-    ax = new_axes(ax, 4.6, 4.6)
+    ax = new_axes(ax, 4.6, 4.9, shrink=.58)
     ax.plot([0, 1], [0, 1], color='#666666', lw=1, ls=(0, (4, 3)))
     for i,(name,rows) in enumerate(curves.groupby('curve', sort=False)):
         k = look(name, i)
@@ -216,7 +216,7 @@ def plot_roc(
     ax.grid(True); legend_above(ax, 2)
     return ax
 
-# %% ../nbs/60_visualize.ipynb #ab308b1a
+# %% ../nbs/60_visualize.ipynb #eb50fc35
 @styled
 def plot_panels(
     plot:object,                  # `plot_roc` or `plot_calibration`
@@ -229,7 +229,7 @@ def plot_panels(
     need_columns(table, ('label', 'curve'), 'the table of panels')
     labels, cols = _unique(table.label), min(table.label.nunique(), 2 if is_half() else cols)
     rows = -(-len(labels)//cols)
-    axs  = np.ravel(new_axes(None, 1+2*cols*(1+is_half()*.6), .8+2.3*rows*(1+is_half()*.2), nrows=rows, ncols=cols, squeeze=False))
+    axs  = np.ravel(new_axes(None, 1+2*cols*(1+is_half()*.6), .9+2.6*rows*(1+is_half()*.1), nrows=rows, ncols=cols, squeeze=False))
     for i,(ax,label) in enumerate(zip(axs, labels)):
         more = {} if points is None else dict(points=points[points.label == label])
         plot(table[table.label == label].drop(columns='label'), ax=ax, **more)
@@ -241,7 +241,7 @@ def plot_panels(
     axs[0].figure.legend(names.values(), names.keys(), loc='outside upper left', ncols=2 if is_half() else 3)
     return axs[:len(labels)]
 
-# %% ../nbs/60_visualize.ipynb #de350675
+# %% ../nbs/60_visualize.ipynb #a8be8140
 _BAND = dict(zip(AGE_BANDS, ['under 30', '30–59', '60–69', '70–79', '80 or more']))
 _SEX  = {'F': Look('#E69F00', hatch='///'), 'M': Look('#0072B2'), 'unknown': Look('#999999', hatch='...')}
 
@@ -278,7 +278,12 @@ def plot_demographics(
     axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc='outside upper left', ncols=3)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #b5abdb5c
+# %% ../nbs/60_visualize.ipynb #03922e31
+def _group_name(by, group):
+    "What stands beside a row: the grouping, unless the names tell it or there is no room"
+    if by == group or ('×' in by or by == 'sex') and (is_half() or '×' in by): return group
+    return f'{by.replace("age_band", "age").replace("_", " ")}: {group}'
+
 @styled
 def plot_subgroups(
     table:pd.DataFrame,      # Columns by, group, value, lo, hi, n; optional condition, n_patients
@@ -305,7 +310,7 @@ def plot_subgroups(
         rows = table[(table.by.astype(str) == b) & (table.group.astype(str) == g)]
         size = sizes_text(rows).strip().replace('\n', ' ')
         ax.annotate(size, (1, y), (6, 0), ('axes fraction', 'data'), 'offset points', va='center', fontsize=pt(8))
-    ax.set_yticks(list(place.values()), [g if b == g else f'{b}: {g}'.replace('_', ' ') for b,g in place])
+    ax.set_yticks(list(place.values()), [_group_name(b, g) for b,g in place])
     ax.invert_yaxis(); ax.grid(axis='x'); ax.set_xlabel(xlabel); ax.tick_params(axis='y', length=0)
     if len(names) > 1 or 'condition' in table: legend_above(ax)
     return ax

@@ -3,6 +3,7 @@
 To look at them: `MEDPRIVACY_FIGURES=some/folder pytest tests/test_visualize.py` writes each as PNG.
 """
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -74,6 +75,7 @@ LABELS = ('pleural_effusion', 'cardiomegaly', 'lung opacity', 'atelectasis', 'no
 EPS    = {'ε = 0.3': .3, 'ε = 1': 1., 'ε = 3': 3., 'ε = 10': 10., 'public': math.inf}
 TERMS  = 'δ = 1e-4, unit patient, add-remove neighbours, Poisson sampling, PRV accountant'
 
+@functools.cache
 def models(names, labels=LABELS, n=300):
     fs = [fake_predictions(n, labels, auroc=.7+.04*i, model=m, noise_seed=i).df for i,m in enumerate(names)]
     return Predictions(pd.concat(fs, ignore_index=True), labels)
@@ -83,19 +85,23 @@ def bare(path, preds):
     preds.df.drop(columns=['view', 'device', 'run']).to_csv(path, index=False)
     return load_predictions(path)
 
-def gap(by='age_band'): return gaps_by_epsilon(models(EPS, ('x',), 600), EPS, by, 'auroc', n_boot=20)
-def losses(by='label'): return performance_loss(models(['private']), models(['public']), by, n_boot=20)
-def one_label(): return models(['public', 'private'], ('effusion',))
+@functools.cache
+def gap(by='age_band'): return gaps_by_epsilon(models(tuple(EPS), ('x',), 600), EPS, by, 'auroc', n_boot=20)
+@functools.cache
+def losses(by='label'):
+    both = models(('private', 'x', 'public',)).df
+    return performance_loss(*(Predictions(both[both.model == m], LABELS) for m in ('private', 'public')), by, n_boot=20)
+def one_label(): return models(('public', 'private',), ('effusion',))
 
-PLOTS |= {'eps by group': lambda: plot_eps_auroc(eps_table(models(EPS, n=600), EPS, 'sex', n_boot=20), terms=TERMS),
+PLOTS |= {'eps by group': lambda: plot_eps_auroc(eps_table(models(tuple(EPS), n=600), EPS, 'sex', n_boot=20), terms=TERMS),
           'gap by sex': lambda: plot_eps_gap(gap('sex'), terms=TERMS), 'gap by age': lambda: plot_eps_gap(gap(), terms=TERMS),
           'size of labels': lambda: plot_size(losses()), 'size of bands': lambda: plot_size(losses('age_band')),
           'calibration': lambda: plot_calibration(calibration_curves(one_label(), n_boot=20)),
-          'roc of a table': lambda: plot_roc(*roc_table(one_label())), 'roc of labels': lambda: plot_roc(*roc_table(models(['public']))),
-          'roc panels': lambda: plot_panels(plot_roc, *roc_table(models(['public', 'private', 'obfuscated']))),
-          'calibration panels': lambda: plot_panels(plot_calibration, calibration_curves(models(['public', 'private']), n_boot=20)),
+          'roc of a table': lambda: plot_roc(*roc_table(one_label())), 'roc of labels': lambda: plot_roc(*roc_table(models(('public',)))),
+          'roc panels': lambda: plot_panels(plot_roc, *roc_table(models(('public', 'private', 'obfuscated',)))),
+          'calibration panels': lambda: plot_panels(plot_calibration, calibration_curves(models(('public', 'private',)), n_boot=20)),
           'one panel': lambda: plot_panels(plot_roc, *roc_table(one_label())),
-          'metrics': lambda: plot_utility_bars(metrics_table(models(['public', 'private']), n_boot=20).query("label != 'weighted'"), value='auroc'),
+          'metrics': lambda: plot_utility_bars(metrics_table(models(('public', 'private',)), n_boot=20).query("label != 'weighted'"), value='auroc'),
           'groups of a table': lambda: plot_subgroups(by_group(one_label(), n_boot=20, intersections=True), value='auroc'),
           'views': lambda: show_views(np.full((4,1,8,8), .4), np.full((4,1,8,8), .5), titles=[f'image {i}' for i in range(4)]),
           'contact sheet': lambda: contact_sheet(np.full((8,1,8,8), .4), [f'{s}, {a} y' for s,a in zip('FMFMFMFM', range(20, 100, 10))])}
