@@ -85,7 +85,8 @@ def _check_ids(df, name):
             raise DataError(f'{name}: column {c!r} is empty in {_name_rows(df, null)}; every image needs one')
     dup = df.image_id.duplicated(keep=False)
     if dup.any(): raise DataError(f'{name}: image_id is not unique: {_name_rows(df, dup)}; drop or rename the copies')
-    out = df.path.map(lambda p: PurePosixPath(str(p)).is_absolute() or '..' in PurePosixPath(str(p)).parts)
+    path = df.path.astype(str)
+    out  = path.str.startswith('/') | path.str.contains(r'(?:^|/)\.\.(?:/|$)')
     if out.any():
         raise DataError(f'{name}: path leaves the root folder in {_name_rows(df, out)}; paths are relative and hold '
                         f'no ".."')
