@@ -16,12 +16,15 @@ import tomli_w
 from fastcore.xml import Div, H3, P, Pre, Span, Strong
 from matplotlib import pyplot as plt
 
+from .assess import p_text
 from .core import DataError, Run, atomic_write, open_run
 from .findings import (attack_findings, control_findings, non_claims, privacy_terms, utility_findings,
                                  with_interval)
 from .page import bullets, embed_figure, html_page, html_table, section
-from .visualize import (plot_attack_bars, plot_demographics, plot_eps_auroc, plot_learning_curves,
-                                  plot_privacy_utility, plot_roc, plot_subgroups, plot_utility_bars)
+from .paper import methods_paragraph
+from .visualize import (plot_attack_bars, plot_calibration, plot_demographics, plot_eps_auroc,
+                                  plot_learning_curves, plot_panels, plot_privacy_utility, plot_roc, plot_subgroups,
+                                  plot_utility_bars)
 
 # %% ../nbs/62_report.ipynb #1e7734c6
 IDS = ('image_id', 'patient_id', 'study_id', 'path')
@@ -77,12 +80,16 @@ def _draw_groups(df):
     one = 'macro' if 'macro' in labels else labels[0]    # the table has all of them
     return plot_subgroups(df[df.label == one], xlabel=f'disease AUROC, {"mean of labels" if one == "macro" else one}')
 
+def _draw_roc(df, points):
+    return plot_panels(plot_roc, df, points) if 'label' in df else plot_roc(df, points)
+
 def _drawings(run):
     a, table = _attribute(run), lambda name: _table_of(run, name)
     return {'attack':       (table('attack'),  lambda df: plot_attack_bars(df, attribute=a)),
             'curves':       (table('history'), plot_learning_curves),
             'utility':      (_aurocs_of(run, 'utility'), plot_utility_bars),
-            'roc':          (table('roc'),     lambda df: plot_roc(df, table('points'))),
+            'roc':          (table('roc'),     lambda df: _draw_roc(df, table('points'))),
+            'calibration':  (table('calibration_curve'), lambda df: plot_panels(plot_calibration, df)),
             'frontier':     (_frontier_of(run), lambda df: plot_privacy_utility(df, attribute=a)),
             'eps':          (table('eps'),     lambda df: _draw_eps(df, run)),
             'subgroups':    (_groups_of(run),  _draw_groups),
@@ -95,6 +102,7 @@ FIGURES = {
     'curves':       'Learning curves: an attacker that was not trained to its end proves nothing',
     'utility':      'Disease AUROC per label and condition. Whiskers are 95 % intervals; the dashed line is chance',
     'roc':          'ROC curves with the working point chosen on validation patients',
+    'calibration':  'Observed share against mean score; on the dashed line a score means what it says. Whiskers are 95 % intervals',
     'frontier':     'What is kept against what leaks; up and to the left is better. Bars are 95 % intervals',
     'eps':          'Disease AUROC against the privacy budget',
     'subgroups':    'Disease AUROC by group with 95 % intervals and group sizes',
@@ -185,6 +193,21 @@ def _attack_part(run, allowed):
 SHOWN = ('condition', 'model', 'label', 'rule', 'threshold', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1',
          'balanced_accuracy', 'accuracy', 'brier', 'n_pos', 'n', 'n_patients')    # metrics on the page; the CSV has all
 
+def _comparison(run):
+    "Each classifier against the one that saw raw images, or had no privacy"
+    df = _table_of(run, 'comparison')
+    if df is None: return None
+    rows = _merged(df, 'difference', 'difference [95 % interval]', ['model', 'against', 'metric', 'label', 'a', 'b'])
+    p    = {'p': df.p.map(p_text), 'p (Holm)': df.p_holm.map(p_text)}
+    return html_table(rows.drop(columns='n').assign(**p), 'Paired comparisons on the same resamples of patients (a: model, b: against)')
+
+def _calibrated(run):
+    df = _table_of(run, 'calibration')
+    if df is None: return None
+    rows = _merged(df.rename(columns={'bias_lo': 'lo', 'bias_hi': 'hi'}), 'bias', 'mean score − prevalence', ['condition', 'label'])
+    return html_table(rows.assign(**{c: df[c] for c in ('ece', 'ece_chance', 'rmsce', 'brier')}),
+                      'Calibration: ece_chance is the error that sampling alone would give')
+
 def _utility_part(run, allowed):
     use, met, title = _aurocs_of(run, 'utility'), _table_of(run, 'metrics'), 'Disease utility'
     if met is None and use is not None and 'sensitivity' in use: met = use[use.threshold.notna()]
@@ -192,7 +215,8 @@ def _utility_part(run, allowed):
     rows = _merged(use, 'value', 'AUROC [95 % interval]', ['condition', 'label'])
     more = None if met is None else html_table(met[[c for c in SHOWN if c in met]], 'Metrics at the stated thresholds')
     return section('utility', title, _figure(run, 'utility', allowed), html_table(rows, 'Disease AUROC'),
-                   _figure(run, 'frontier', allowed), _figure(run, 'roc', allowed), more)
+                   _figure(run, 'frontier', allowed), _comparison(run), _figure(run, 'roc', allowed), more,
+                   _figure(run, 'calibration', allowed), _calibrated(run))
 
 def _privacy_part(run, allowed):
     spent, reads = [_json_of(run, f'{k}.json', None) for k in ('privacy', 'unaccounted')]
@@ -212,7 +236,14 @@ def _groups_part(run, allowed):
     rest = {c: df[c] for c in ('sensitivity', 'specificity', 'note') if c in df and df[c].notna().any()}
     rows = _merged(df, 'value', 'AUROC [95 % interval]', keep).assign(**rest)
     return section('groups', 'Subgroups', _figure(run, 'subgroups', allowed),
-                   html_table(rows, 'Disease AUROC by group, with sizes'))
+                   html_table(rows, 'Disease AUROC by group, with sizes'), _gaps(run))
+
+def _gaps(run):
+    df = _table_of(run, 'gaps')
+    if df is None: return None
+    if 'macro' in set(df.label): df = df[df.label == 'macro']
+    rows = _merged(df, 'value', 'largest difference', ['condition', 'by', 'label', 'gap', 'highest', 'lowest'])
+    return html_table(rows.assign(p=df.p.map(p_text)), 'Gaps between groups; p by permutation of patients')
 
 # %% ../nbs/62_report.ipynb #a5092b9c
 SMALL = 5    # Head counts below this are printed as '<5'
@@ -241,11 +272,14 @@ def _times(run):
     f = run.path/'timings.csv'
     return pd.read_csv(f) if f.exists() else None
 
+def _methods(run):
+    return [H3('Methods, from what the stages recorded'), P(methods_paragraph(run))] if run.record else []
+
 def _repeat_part(run):
     flat  = {**run.config, **{f'{s}.{k}': v for s,d in run.config.items() if isinstance(d, dict) for k,v in d.items()}}
     seeds = ', '.join(f'{k} = {v}' for k,v in flat.items() if 'seed' in k) or 'none stored'
     vers, times = run.path/'versions.txt', _times(run)
-    return section('repeat', 'How to repeat it',
+    return section('repeat', 'How to repeat it', *_methods(run),
         P(f'Seeds: {seeds}. The seed of the noise of private training is never stored.'),
         H3('Settings (config.toml; folders shortened)'), Pre(tomli_w.dumps(_no_folders(run.config)), tabindex='0'),
         H3('Versions'), Pre(vers.read_text(encoding='utf-8')) if vers.exists() else _not_run('versions.txt is missing'),
