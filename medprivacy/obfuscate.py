@@ -8,7 +8,7 @@ __all__ = ['ViewmakerGame', 'BottleneckGame', 'GameLoss', 'AttackersCallback', '
 
 # %% ../nbs/30_obfuscate.ipynb #0cbf7e5a
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +34,15 @@ from .models.viewmaker import Viewmaker
 from .objectives.adversarial import ObfuscationLoss
 from .objectives.focal import MaskedBCE
 from .probe import mean_auroc
+from .train import check_precision, checkpoint_cbs, in_precision
 
 # %% ../nbs/30_obfuscate.ipynb #2b055764
+def _expose(game, x):
+    "What attackers may see of `x`: made once a step, also where they looked before the maker's turn"
+    seen, e = game.__dict__.pop('ahead', (None, None))
+    game.exposed = e if seen is x else game.expose(x)
+    return game.exposed
+
 class ViewmakerGame(nn.Module):
     "The published game: attackers see the perturbed image"
     def __init__(self,
@@ -43,15 +50,22 @@ class ViewmakerGame(nn.Module):
         archs:tuple,         # One attacker each
         n_labels:int,        # Findings to be kept
         channels:int,        # Of the images
+        disease:nn.Module=None,  # A trained classifier, used as it is; None: a new one learns with the maker
     ):
         super().__init__()
         self.maker     = maker
         self.attackers = nn.ModuleList(create_classifier(a, 1, channels) for a in archs)
-        self.disease   = create_classifier('small_resnet', n_labels, channels)
+        self.trained   = disease is not None
+        self.disease   = disease.requires_grad_(False) if self.trained else create_classifier('small_resnet', n_labels,
+                                                                                              channels)
+    def train(self, mode=True):
+        super().train(mode)
+        if self.trained: self.disease.eval()    # or its norms would drift with the images of the maker
+        return self
     def expose(self, x): return self.maker(x)
     def sight(self, e):  return e
     def forward(self, x):
-        self.exposed = e = self.expose(x)
+        e = _expose(self, x)
         return e, [a(e) for a in self.attackers], [self.disease(e)], e.new_zeros(())
 
 # %% ../nbs/30_obfuscate.ipynb #e6d1c631
@@ -74,12 +88,12 @@ class BottleneckGame(nn.Module):
         self.attackers = nn.ModuleList(_code_attacker(code) for _ in archs)
         self.disease   = create_classifier('small_resnet', n_labels, channels)
         self.reader    = nn.Sequential(nn.Linear(code, 64), nn.ReLU(), nn.Linear(64, n_labels))
-    def expose(self, x): return self.maker.encode(x)
+    def expose(self, x): return self.maker.encode(x).float()
     def sight(self, mu): return add_code_noise(mu, scale=torch.rand(len(mu), 1, device=mu.device))
     def forward(self, x):
-        self.exposed = mu = self.expose(x)
+        mu = _expose(self, x)
         z = add_code_noise(mu)
-        v = self.maker.draw(z, tuple(x.shape[-2:]))
+        v = self.maker.draw(z, tuple(x.shape[-2:])).float()
         half, s  = F.avg_pool2d(v,
                                 2), self.sight(mu)
         likeness = F.l1_loss(half, F.avg_pool2d(x, 2))
@@ -104,18 +118,34 @@ class GameLoss(nn.Module):
 
 # %% ../nbs/30_obfuscate.ipynb #855bc96d
 class AttackersCallback(Callback):
-    "Train the attackers after each step of the maker, on what it showed"
+    "Train the attackers beside the maker, on what it showed"
+    run_valid = False
     def __init__(self,
         steps:int=4,       # Attackers' steps for one of the maker
         lr:float=2e-3,     # Attackers' learning rate
+        first:bool=False,  # Their turn is before the maker's, as published; False: after it
     ):
         if steps < 1: raise ConfigError(f'the attackers need at least one step, got steps={steps}')
-        self.steps, self.lr, self.bce = steps, lr, nn.BCEWithLogitsLoss()
-    def before_fit(self): self.attackers_opt = torch.optim.AdamW(self.model.attackers.parameters(), self.lr)
-    def before_batch(self): self.model.attackers.requires_grad_(False)
+        self.steps, self.lr, self.first, self.bce = steps, lr, first, nn.BCEWithLogitsLoss()
+    def before_fit(self):
+        if any(cb.name == 'mixed_precision' for cb in self.learn.cbs):
+            raise ConfigError("fastai's MixedPrecision may scale the maker's loss, not the attackers'; use "
+                              "in_precision('bf16', …)")
+        self.attackers_opt = torch.optim.AdamW(self.model.attackers.parameters(), self.lr)
+    def before_batch(self):
+        if self.first:
+            x, = self.xb
+            self.model.ahead = x, self.model.expose(x)
+            self.turn(self.model.ahead[1].detach())
+        self.model.attackers.requires_grad_(False)
     def after_step(self):
+        if not self.first: self.turn(self.model.exposed.detach())
+    def turn(self,
+        e:torch.Tensor,    # What they may see, without a way back to the maker
+    ) -> None:
+        "Train the attackers on one batch"
         self.model.attackers.requires_grad_(True)
-        e, y = self.model.exposed.detach(), self.yb[0].float()
+        y = self.yb[0].float()
         known = y >= 0                      # False for NaN too: an unknown attribute teaches nothing
         for _ in range(self.steps if known.any() else 0):
             s = self.model.sight(e)
@@ -208,13 +238,15 @@ def game_learner(
     weight:float=1.,             # Of the attack term
     use_disease:bool=True,       # False: the published X-ray form
     attacker_steps:int=4,        # Attackers' steps for one of the maker
+    attackers_first:bool=False,  # Their turn is before the maker's
+    cbs:list=None,               # Further callbacks
     **kwargs,                    # Further arguments of `Learner`
 ) -> Learner:                    # Ready to fit: its optimizer holds maker and disease classifier only
     "A fastai `Learner` that plays the game"
-    def split(m): return [[p for n,p in m.named_parameters() if not n.startswith('attackers.')]]
+    def split(m): return [[p for n,p in m.named_parameters() if not n.startswith('attackers.') and p.requires_grad]]
     return Learner(dls, game, loss_func=GameLoss(attack, weight, use_disease), opt_func=Adam, splitter=split, wd=0.,
                    metrics=[GameMetric('game_attacker_auroc', 1, 0), GameMetric('disease_auroc', 2, 1)],
-                   cbs=AttackersCallback(attacker_steps), **kwargs)
+                   cbs=[AttackersCallback(attacker_steps, first=attackers_first), *(cbs or [])], **kwargs)
 
 # %% ../nbs/30_obfuscate.ipynb #a96d2ecc
 def train_obfuscator(
@@ -228,6 +260,7 @@ def train_obfuscator(
     use_disease:bool=True,        # False: the published X-ray form, where nothing protects the disease
     archs:tuple=('small_resnet',)*3,   # Attackers of the game (for the bottleneck only their number counts)
     attacker_steps:int=4,         # Attackers' steps for one of the maker
+    attackers_first:bool=False,   # Their turn is before the maker's, as published
     epochs:int=30,                # Passes over the training patients
     size:int=64,                  # Side of the images, pixels
     bs:int=64,                    # Batch
@@ -235,21 +268,32 @@ def train_obfuscator(
     seed:int=0,                   # Of weights, batches and noise
     device:str=None,              # None: the best that is present
     progress:bool=False,          # Show fastai's progress table
+    precision:str='fp32',         # or 'bf16'
+    checkpoint:str|Path=None,     # Folder for the state of the training; None: none is stored
+    every:int=100,                # Steps between two states
+    resume:bool=False,            # Go on from the state in `checkpoint`, if there is one
+    cbs:list=None,                # Further callbacks
 ) -> Obfuscator:                  # The trained mechanism
     "Train an obfuscator on the patients of the defence"
     defence = _defence(records, attribute, maker, attack)
     if epochs < 1: raise ConfigError(f'epochs must be at least 1, got {epochs}')
     if not archs: raise ConfigError('the game needs at least one attacker')
+    check_precision(precision)
+    cbs = [*(cbs or []), *checkpoint_cbs(checkpoint, every, resume, seed=seed, attribute=attribute,
+                                         precision=precision)]
     seed_everything(seed)
     dls = records_dls(defence, (attribute, 'labels'), size, bs, device=device)
     args, game = _game(maker, maker_args, archs, dls, size)
-    learn = game_learner(dls, game, attack, weight, use_disease, attacker_steps)
-    with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
+    learn = game_learner(dls, game, attack, weight, use_disease, attacker_steps, attackers_first, cbs)
+    with ExitStack() as quiet:
+        quiet.enter_context(in_precision(precision, game, *game.attackers))
+        if not progress: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
         learn.fit_one_cycle(epochs, lr, pct_start=.15)
     rec  = learn.recorder
     hist = pd.DataFrame([list(map(float, v)) for v in rec.values], columns=list(rec.metric_names)[1:-1])
     config = dict(maker=maker, args=args, attribute=attribute, attack=attack, weight=weight, use_disease=use_disease,
                   epochs=epochs,
-                  attackers=len(archs), attacker_steps=attacker_steps, size=size, seed=seed, data=records.name,
+                  attackers=len(archs), attacker_steps=attacker_steps, attackers_first=attackers_first,
+                  precision=precision, size=size, seed=seed, data=records.name,
                   n_images=len(dls.train.dataset), n_patients=len(set(dls.train_patients)))
     return Obfuscator(game.maker.cpu(), config, hist.assign(epoch=range(len(hist))), frozenset(defence.df.patient_id))

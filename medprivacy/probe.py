@@ -10,6 +10,7 @@ __all__ = ['ProbeLoss', 'mean_auroc', 'KeepBestCallback', 'scores_of_model', 'Pr
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ from .data.core import Predictions, Records, make_predictions
 from .data.load import RecordsDL, records_dls
 from .models.resnet import create_classifier
 from .objectives.focal import FocalLoss, MaskedBCE
+from .train import check_precision, checkpoint_cbs, in_precision
 
 # %% ../nbs/23_probe.ipynb #194b64da
 _AGE_CENTRE, _AGE_SCALE = 50., 15.    # years
@@ -121,16 +123,17 @@ def probe_learner(
     kind:str='binary',       # 'binary', 'class' or 'age'
     lr:float=4e-3,           # Largest learning rate of the one-cycle schedule
     patience:int=None,       # Stop after so many epochs without a better score; None: never
+    cbs:list=None,           # Further callbacks
     **kwargs,                # Further arguments of `Learner`
 ) -> Learner:                # Ready for `fit_one_cycle`
     "A fastai `Learner` that keeps its best epoch by AUROC on the validation patients"
     metric = AccumMetric(lambda p,y: mean_auroc(p.float().cpu(), y.cpu(), kind), flatten=False, to_np=False,
                          name='valid_auroc',
                          dim_argmax=None, activation=None)
-    cbs = [KeepBestCallback('valid_auroc', np.greater)]
-    if patience: cbs.append(EarlyStoppingCallback('valid_auroc', np.greater, patience=patience))
-    return Learner(dls, model, loss_func=ProbeLoss(kind), opt_func=Adam, lr=lr, wd=.01, metrics=metric, cbs=cbs,
-                   **kwargs)
+    best = [KeepBestCallback('valid_auroc', np.greater)]
+    if patience: best.append(EarlyStoppingCallback('valid_auroc', np.greater, patience=patience))
+    return Learner(dls, model, loss_func=ProbeLoss(kind), opt_func=Adam, lr=lr, wd=.01, metrics=metric,
+                   cbs=[*best, *(cbs or [])], **kwargs)
 
 # %% ../nbs/23_probe.ipynb #603a00a5
 def learning_curve(
@@ -165,16 +168,24 @@ def train_probe(
     run:str='',                  # Run name in the predictions
     progress:bool=False,         # Show fastai's progress table
     dls:DataLoaders=None,        # Loaders made before with the same arguments, to decode and release once
+    precision:str='fp32',        # or 'bf16'
+    checkpoint:str|Path=None,    # Folder for the state of the training; None: none is stored
+    every:int=100,               # Steps between two states
+    resume:bool=False,           # Go on from the state in `checkpoint`, if there is one
+    cbs:list=None,               # Further callbacks
 ) -> Probe:                      # The network and its predictions
     "Train a fresh network of architecture `arch` to read `target`"
     if epochs < 1: raise ConfigError(f'epochs must be at least 1, got {epochs}')
+    check_precision(precision)
+    more = [*(cbs or []), *checkpoint_cbs(checkpoint, every, resume, seed=seed, target=target, precision=precision)]
     seed_everything(seed)
     kind, labels = _kind(records, target)
     if dls is None:
         dls = records_dls(records, target, size, bs, mechanism=mechanism, draws=draws, device=device, median=median)
     model = create_classifier(arch, _n_out(records, kind, labels), dls.train.dataset.x.shape[-3])
-    learn = probe_learner(dls, model, kind, lr, patience)
-    with learn.no_bar() if not progress else nullcontext(): _fit(learn, epochs, lr, progress)
+    learn = probe_learner(dls, model, kind, lr, patience, more)
+    with nullcontext() if progress else learn.no_bar(), in_precision(precision, model):
+        _fit(learn, epochs, lr, progress)
     task = 'multiclass' if kind == 'class' else 'multilabel'
     preds = probe_predictions(model, dls, learn.loss_func, labels, name or arch, run, task)
     return Probe(model, Predictions(preds.df, labels, task, learning_curve(learn, name or arch)), learn.loss_func)
