@@ -70,7 +70,8 @@ def check_settings(
             for a in v: _check_arch(a)
         if isinstance(v, (int, float)): _check_number(name, v)
     if settings.get('budget') is not None and settings.get('maker', 'viewmaker') != 'viewmaker':
-        raise ConfigError('--budget bounds what --maker viewmaker changes; the bottleneck redraws the image and has none')
+        raise ConfigError('--budget bounds what --maker viewmaker changes; the bottleneck redraws the image and has '
+                          'none')
 
 # %% ../nbs/64_settings.ipynb #6bb4d730
 def _literal(text):

@@ -166,7 +166,8 @@ def _control(run, preds, a, n_boot):
 # %% ../nbs/65_study.ipynb #be22dd44
 def _pairs(models):
     "Which classifier is compared with which: with the one that saw raw images, or was trained without privacy"
-    base = {'obfuscated': 'raw', 'fixed raw classifier': 'raw'} | {m: 'public' for m in models if m.startswith('private')}
+    base = {'obfuscated': 'raw', 'fixed raw classifier': 'raw'} | {m: 'public' for m in models
+                                                                   if m.startswith('private')}
     return [(m, base[m]) for m in models if base.get(m) in models]
 
 def _write_utility(run, preds, n_boot):
@@ -266,7 +267,8 @@ def train_stage(
         preds.append(probe_predictions(learn.model, dls, ProbeLoss('binary'), records.labels, name, run.path.name))
         rows.append((name, learn.dp.spent)); print(f'  {learn.dp.spent}')
     _write_privacy(run, rows[0][1])
-    add_record(run, 'train', arch=arch, epochs=epochs, private_epochs=private_epochs, max_grad_norm=max_grad_norm, lr=lr,
+    add_record(run, 'train', arch=arch, epochs=epochs, private_epochs=private_epochs, max_grad_norm=max_grad_norm,
+               lr=lr,
                **asdict(rows[0][1]), unaccounted=UNACCOUNTED, all_eps=[s.eps for _,s in rows])
     use = _write_utility(run, concat_predictions(preds), n_boot)
     _write_eps(run, use, dict((n, s.eps) for n,s in rows))

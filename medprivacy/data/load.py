@@ -68,8 +68,8 @@ def load_images(
     channels:int=None,        # 1 grey, 3 colour; None: as the first file
     resize:str='crop',        # 'crop', 'pad' or 'squash'
     *,
-    bits:int='auto',          # Bits a channel that the files have: 8, 16, None (either); 'auto': as the records declare
-    cache:str|Path=None,      # Folder for decoded images; None: that of MEDPRIVACY_CACHE, else (and for False) memory
+    bits:int='auto',          # Bits a channel of the files: 8, 16, None (either); 'auto': as the records declare
+    cache:str|Path=None,      # Folder for decoded images; None: that of MEDPRIVACY_CACHE, else memory (False)
     verify:bool=True,         # Check the cached bytes that are used
 ) -> torch.Tensor:            # uint8 (N,C,H,W), in the order of the rows
     "Decode every image of `records` into memory"
@@ -311,8 +311,8 @@ def records_dls(
     median:float=None,             # For 'age>median'; None: of the training patients
     mechanism:object=None,         # Load released images: (x in [0,1], cond) → the same shape; cond is the sex, 1 = F
     draws:int=4,                   # Releases of each image, with fresh noise each
-    bits:int='auto',               # Bits a channel that the files have: 8, 16, None (either); 'auto': as the records declare
-    cache:str|Path=None,           # Folder for decoded images; None: that of MEDPRIVACY_CACHE, else (and for False) memory
+    bits:int='auto',               # Bits a channel of the files: 8, 16, None (either); 'auto': as the records declare
+    cache:str|Path=None,           # Folder for decoded images; None: that of MEDPRIVACY_CACHE, else memory (False)
     verify:bool=True,              # Check the cached bytes that are used
     unreadable:str='raise',        # 'raise', or 'quarantine': leave out what cannot be read, and list it
     quarantine:str|Path=None,      # The list: a CSV file (image_id, path, reason)
