@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAIRED', 'joined', 'Assessment', 'assess', 'p_text', 'paper_tables', 'write_assessment']
 
-# %% ../nbs/61d_assess.ipynb #2a11d5a6
+# %% ../nbs/61d_assess.ipynb #d4637953
 import json
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ from .evaluate import metrics_table, resolve_thresholds
 from .fairness import by_group, gaps
 from .paper import in_text, methods_paragraph, save_table
 
-# %% ../nbs/61d_assess.ipynb #21b6623e
+# %% ../nbs/61d_assess.ipynb #2ab79a8b
 def joined(
     a:Predictions,      # Predictions of one model
     b:Predictions,      # Predictions of another, for the same images
@@ -30,14 +30,16 @@ def joined(
     "Put the predictions of two models into one table, under different names"
     found = [list(p.df.model.unique()) for p in (a, b)]
     for own, name in zip(found, names):
-        if len(own) != 1: raise DataError(f'{name} holds predictions of {len(own)} models ({", ".join(map(str, own[:5]))}); choose one')
-    if set(a.labels) != set(b.labels): raise DataError(f'targets differ: {", ".join(a.labels)} and {", ".join(b.labels)}')
+        if len(own) != 1: 
+            raise DataError(f'{name} holds {len(own)} models ({", ".join(map(str, own[:5]))}); choose one')
+    if set(a.labels) != set(b.labels):
+        raise DataError(f'targets differ: {", ".join(a.labels)} and {", ".join(b.labels)}')
     own = [str(f[0]) for f in found]
     if own[0] == own[1]: own = list(names) if names[0] != names[1] else [f'{names[0]} (a)', f'{names[1]} (b)']
     df = pd.concat([p.df.assign(model=m) for p,m in zip((a, b), own)], ignore_index=True)
     return Predictions(df, a.labels, a.task), *own
 
-# %% ../nbs/61d_assess.ipynb #026c5477
+# %% ../nbs/61d_assess.ipynb #9d6ca185
 PAIRED = ('auroc', 'auprc', 'balanced_accuracy', 'f1')    # metrics in which two models are compared
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ def _sizes(df):
 def _notes(preds, split):
     in_ = {s: set(preds.df.patient_id[preds.df.split == s]) for s in ('valid', split)}
     both = len(in_['valid'] & in_[split])
-    said = [f'{both} patients stand in both validation and {split} rows: thresholds were chosen on some who are judged.'] if both else []
+    said = [f'{both} patients stand in both validation and {split} rows: some who are judged chose thresholds.']
+    said = said if both else []
     prob = all(preds.df[c].dropna().between(0, 1).all() for c in preds.df if c.startswith('score_'))
-    return said + ([] if prob else ['Scores reach outside [0,1]: they are no probabilities, so there is no calibration and no Brier score.']), prob
+    if not prob: said.append('Scores reach outside [0,1]: they are no probabilities, so they get no calibration.')
+    return said, prob
 
 def _compared(preds, pairs, kw):
     rows, told = [], []
@@ -66,10 +70,11 @@ def _compared(preds, pairs, kw):
         t = paired_metrics(preds, preds, PAIRED, model_a=m, model_b=base, **kw)
         rows.append(t.assign(model=m, against=base))
         told.append(dict(a=m, b=base, **_sizes(preds.df[(preds.df.model == m) & (preds.df.split == kw['split'])])))
-    keep = ['model', 'against', 'metric', 'label', 'a', 'b', 'difference', 'lo', 'hi', 'p', 'p_holm', 'n', 'unit', 'note']
+    keep = ['model', 'against', 'metric', 'label', 'a', 'b', 'difference', 'lo', 'hi', 'p', 'p_holm', 'n', 'unit',
+            'note']
     return (pd.concat(rows, ignore_index=True)[keep] if rows else None), told
 
-# %% ../nbs/61d_assess.ipynb #b7c0db31
+# %% ../nbs/61d_assess.ipynb #6178d3b5
 def assess(
     preds:Predictions,          # Predictions of one or several models
     pairs:tuple=(),             # Pairs (model, model it is compared with)
@@ -81,26 +86,33 @@ def assess(
     unit:str='patient',         # What is resampled: 'patient' or 'image'
 ) -> Assessment:                # Tables, record, notes
     "Judge predictions in every way this package knows, without writing anything"
-    if miss := {m for p in pairs for m in p} - set(preds.df.model): raise ConfigError(f'no model {sorted(miss)} to compare')
+    if miss := {m for p in pairs for m in p} - set(preds.df.model):
+        raise ConfigError(f'no model {sorted(miss)} to compare')
     chosen, by = resolve_thresholds(preds, threshold, split), _known(preds.df)
     notes, prob = _notes(preds, split)
     how = dict(split=split, n_boot=n_boot, seed=seed, unit=unit)
     kw  = dict(how, threshold=chosen)
     cond = lambda t: t.rename(columns={'model': 'condition'})
     compared, told = _compared(preds, pairs, dict(how, threshold=threshold))
-    tables = dict(utility=cond(metrics_table(preds, **kw, intervals='all')), groups=cond(by_group(preds, by, macro=True, **kw)),
+    tables = dict(utility=cond(metrics_table(preds, **kw, intervals='all')),
+                  groups=cond(by_group(preds, by, macro=True, **kw)),
                   gaps=cond(gaps(preds, by, macro=len(preds.labels) > 1, **kw)) if by else None, comparison=compared)
-    if prob: tables |= dict(calibration=cond(calibration_table(preds, **how)), calibration_curve=calibration_curves(preds, **how))
+    if prob:
+        tables |= dict(calibration=cond(calibration_table(preds, **how)),
+                       calibration_curve=calibration_curves(preds, **how))
     try: tables |= dict(zip(('roc', 'points'), roc_table(preds, split=split, threshold=chosen)))
     except DataError as e: notes.append(f'No ROC curve: {e}.')
     rule = str(chosen.rule.iloc[0]) if 'rule' in chosen else 'given'
-    on   = dict(valid='validation').get(chosen['split'].iloc[0], chosen['split'].iloc[0]) if 'split' in chosen else 'none'
-    done = dict(conditions=list(preds.df.model.unique()), rule=rule, chosen_on=on, given=threshold if isinstance(threshold, float) else None,
+    on   = dict(valid='validation').get(chosen['split'].iloc[0],
+                                        chosen['split'].iloc[0]) if 'split' in chosen else 'none'
+    done = dict(conditions=list(preds.df.model.unique()), rule=rule, chosen_on=on,
+                given=threshold if isinstance(threshold, float) else None,
                 level=.95, interval='percentile', n_boot=n_boot, unit=unit, **_sizes(preds.df[preds.df.split == split]))
-    record = dict(evaluate=done) | (dict(against=dict(pairs=told, holm=len(preds.labels) > 1, metrics=list(PAIRED))) if told else {})
+    record = dict(evaluate=done) | (dict(against=dict(pairs=told, holm=len(preds.labels) > 1, metrics=list(PAIRED)))
+                                    if told else {})
     return Assessment({k: t for k,t in tables.items() if t is not None and len(t)}, record, notes)
 
-# %% ../nbs/61d_assess.ipynb #be579389
+# %% ../nbs/61d_assess.ipynb #9bfd9b4d
 def p_text(
     p:float,    # A p-value; NaN: there is none
 ) -> str:       # `0.034`, `<0.001` or a dash
@@ -116,15 +128,17 @@ def paper_tables(
     u, g, out = tables['utility'], tables['groups'], {}
     out['performance'] = in_text(u, ('auroc', 'auprc', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1'))
     one = 'macro' if 'macro' in set(g.label) and g.label.nunique() > 2 else g.label.iloc[0]
-    out['groups'] = in_text(g[g.label == one], ('auroc', 'accuracy', 'tpr', 'fpr'), keep=('condition', 'by', 'group', 'label'))
+    out['groups'] = in_text(g[g.label == one], ('auroc', 'accuracy', 'tpr', 'fpr'),
+                            keep=('condition', 'by', 'group', 'label'))
     if 'gaps' in tables:
         q = tables['gaps']
-        out['gaps'] = in_text(_as_interval(q, 'value'), ('value',), keep=('condition', 'by', 'label', 'gap', 'highest', 'lowest')).assign(
-            p=q.p.map(p_text).tolist())
+        keep = ('condition', 'by', 'label', 'gap', 'highest', 'lowest')
+        out['gaps'] = in_text(_as_interval(q, 'value'), ('value',), keep=keep).assign(p=q.p.map(p_text).tolist())
     if 'calibration' in tables: out['calibration'] = in_text(tables['calibration'], ('bias', 'ece', 'rmsce', 'brier'))
     if 'comparison' in tables:
         q = tables['comparison']
-        t = in_text(_as_interval(q, 'difference'), ('a', 'b', 'difference'), keep=('model', 'against', 'metric', 'label'))
+        t = in_text(_as_interval(q, 'difference'), ('a', 'b', 'difference'),
+                    keep=('model', 'against', 'metric', 'label'))
         out['comparison'] = t.assign(p=q.p.map(p_text).tolist(), **{'p (Holm)': q.p_holm.map(p_text).tolist()})
     return out
 
@@ -137,7 +151,7 @@ def write_assessment(
     for stage,facts in found.record.items(): add_record(run, stage, **facts)
     if found.notes: atomic_write(run.path/'notes.json', json.dumps(found.notes, indent=1, ensure_ascii=False) + '\n')
     e = found.record['evaluate']
-    what = f"{e['images']} images of {e['patients']} patients; [95 % intervals] from {e['n_boot']} resamples of {e['unit']}s"
+    what = f"{e['images']} images of {e['patients']} patients; [95 % intervals], {e['n_boot']} resampled {e['unit']}s"
     made = paper_tables(found.tables)
     for name,df in made.items(): save_table(df, run.path/'paper'/name, f'{name.capitalize()}. {what}.')
     atomic_write(run.path/'methods.txt', methods_paragraph(run) + '\n')

@@ -14,7 +14,8 @@ from fastcore.meta import delegates
 from fastcore.script import call_parse, store_true
 
 from .assess import assess, joined, write_assessment
-from .core import ConfigError, MedPrivacyError, Run, add_config, add_record, open_run, pick_device
+from .core import (ConfigError, MedPrivacyError, Run, add_config, add_record, add_summary, open_run,
+                             pick_device)
 from .data.core import Predictions, load_predictions
 from .obfuscate import Obfuscator
 from .report import report
@@ -243,7 +244,8 @@ def _one_model(file, model):
     preds = load_predictions(file)
     if model is None: return preds
     df = preds.df[preds.df.model == model]
-    if not len(df): raise ConfigError(f'{file} holds no model {model!r}; found {", ".join(map(str, preds.df.model.unique()))}')
+    if not len(df):
+        raise ConfigError(f'{file} holds no model {model!r}; found {", ".join(map(str, preds.df.model.unique()))}')
     return Predictions(df, preds.labels, preds.task)
 
 @call_parse
@@ -260,14 +262,15 @@ def medprivacy_evaluate(
     seed:int=0,                     # Of the resamples
     overwrite:store_true=False,     # Replace an existing run folder
 ) -> None:
-    "Judge predictions: metrics with patient-level intervals, by sex and age band, calibrated or not, against another model"
+    "Judge predictions: metrics with intervals over patients, by sex and age band, calibration, against another model"
     if predictions is None: raise ConfigError('--predictions is missing: name a CSV or Parquet file')
     check_settings(n_boot=n_boot, seed=seed, unit=unit)
     try: rule = float(threshold)
     except ValueError: rule = threshold
     preds, pairs, files = _one_model(predictions, model), (), [Path(f).name for f in (predictions, against) if f]
     if against is not None:
-        preds, *pair = joined(preds, _one_model(against, against_model), tuple(Path(f).stem for f in (predictions, against)))
+        preds, *pair = joined(preds, _one_model(against, against_model),
+                              tuple(Path(f).stem for f in (predictions, against)))
         pairs = [tuple(pair)]
     kw    = dict(threshold=rule, n_boot=n_boot, seed=seed, unit=unit)
     found = assess(preds, pairs, **kw)
@@ -275,9 +278,14 @@ def medprivacy_evaluate(
     run   = open_run(out, cfg, overwrite=overwrite)
     add_record(run, 'data', predictions=files, labels=list(preds.labels), phantom=False, name=files[0])
     write_assessment(run, found)
-    _show(found.tables['utility'][['condition', 'label', 'auroc', 'auroc_lo', 'auroc_hi', 'sensitivity', 'specificity', 'n',
-                                   'n_patients']].round(3))
-    if pairs: _show(found.tables['comparison'][['metric', 'label', 'a', 'b', 'difference', 'lo', 'hi', 'p', 'p_holm']].round(4))
+    best = found.tables['utility'].query('label == "macro"')
+    add_summary(run, {f'{r.condition}.auroc': dict(value=r.auroc, lo=r.auroc_lo, hi=r.auroc_hi, n=r.n)
+                      for r in best.itertuples()})
+    _show(found.tables['utility'][['condition', 'label', 'auroc', 'auroc_lo', 'auroc_hi', 'sensitivity', 'specificity',
+                                   'n', 'n_patients']].round(3))
+    if pairs:
+        _show(found.tables['comparison'][['metric', 'label', 'a', 'b', 'difference', 'lo', 'hi', 'p',
+                                          'p_holm']].round(4))
     for n in found.notes: print(f'note: {n}')
     print(f'report: {report(run)}')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['roc_table', 'calibration_curves', 'eps_table']
 
-# %% ../nbs/51c_curves.ipynb #573357be
+# %% ../nbs/51c_curves.ipynb #b0a2839e
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +18,7 @@ from .data.core import Predictions
 from .evaluate import resolve_thresholds, scores_of
 from .fairness import by_group
 
-# %% ../nbs/51c_curves.ipynb #4c1aab80
+# %% ../nbs/51c_curves.ipynb #9c8b9cdd
 def _thin(n, most):
     "Indices of at most `most` of n points, both ends kept"
     return np.unique(np.linspace(0, n-1, min(n, most)).round().astype(int))
@@ -44,12 +44,13 @@ def roc_table(
             curves.append(pd.DataFrame(dict(curve=model, label=label, fpr=fpr[i], tpr=tpr[i])))
             t = float(own.threshold.get(label, np.nan))
             if t != t: continue
-            at.append(dict(curve=model, label=label, fpr=float((score[y == 0] >= t).mean()), tpr=float((score[y == 1] >= t).mean()),
-                           threshold=t, rule=own.rule[label]))
+            hit = [float((score[y == c] >= t).mean()) for c in (0, 1)]
+            at.append(dict(curve=model, label=label, fpr=hit[0], tpr=hit[1], threshold=t, rule=own.rule[label]))
     if not curves: raise DataError(f'no label has both classes on split {split!r}: there is no ROC curve')
-    return pd.concat(curves, ignore_index=True), pd.DataFrame(at, columns=['curve', 'label', 'fpr', 'tpr', 'threshold', 'rule'])
+    points = pd.DataFrame(at, columns=['curve', 'label', 'fpr', 'tpr', 'threshold', 'rule'])
+    return pd.concat(curves, ignore_index=True), points
 
-# %% ../nbs/51c_curves.ipynb #cf06b701
+# %% ../nbs/51c_curves.ipynb #924481dd
 def calibration_curves(
     preds:Predictions,      # Predictions of one or several models; their scores are probabilities
     *,
@@ -63,12 +64,12 @@ def calibration_curves(
     parts = []
     for model in preds.df.model.unique():
         s = scores_of(preds, model=model, split=split)
-        c = calibration_curve(s.y, s.score, patient=s.df.patient_id if unit == 'patient' else None, bins=bins, n_boot=n_boot,
-                              seed=seed, labels=list(s.labels))
+        who = s.df.patient_id if unit == 'patient' else None
+        c = calibration_curve(s.y, s.score, patient=who, bins=bins, n_boot=n_boot, seed=seed, labels=list(s.labels))
         parts.append(c.assign(curve=model))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/51c_curves.ipynb #637b1f77
+# %% ../nbs/51c_curves.ipynb #6b0e51eb
 def eps_table(
     preds:Predictions,      # Predictions of several models on the same images
     epsilon:dict,           # Model -> ε; np.inf: no privacy
@@ -84,12 +85,15 @@ def eps_table(
     unit:str='patient',     # What is resampled
 ) -> pd.DataFrame:          # group, model, epsilon, value (AUROC), lo, hi, n, n_patients, note
     "AUROC of every model with its ε, overall and by group"
-    if miss := [m for m in preds.df.model.unique() if m not in epsilon]: raise DataError(f'epsilon has no entry for models {miss}')
-    t = by_group(preds, [by] if by else [], split=split, threshold=threshold, min_size=min_size, n_boot=n_boot, level=level, seed=seed,
-                 unit=unit, macro=True)
+    if miss := [m for m in preds.df.model.unique() if m not in epsilon]:
+        raise DataError(f'epsilon has no entry for models {miss}')
+    t = by_group(preds, [by] if by else [], split=split, threshold=threshold, min_size=min_size, n_boot=n_boot,
+                 level=level, seed=seed, unit=unit, macro=True)
     if label not in set(t.label): raise DataError(f'no label {label!r}; found {sorted(set(t.label))}')
     t = t[(t.label == label) & (t.group != 'unknown')]
-    t = t.assign(epsilon=t.model.map(epsilon).astype(float)).rename(columns=dict(auroc='value', auroc_lo='lo', auroc_hi='hi'))
+    t = t.assign(epsilon=t.model.map(epsilon).astype(float)).rename(columns=dict(auroc='value', auroc_lo='lo',
+                                                                                 auroc_hi='hi'))
     keep = ['group', 'model', 'epsilon', 'value', 'lo', 'hi', 'n', 'n_patients', 'note']
     order = {g: i for i,g in enumerate(t.group.unique())}
-    return t[keep].sort_values(['group', 'epsilon'], key=lambda c: c.map(order) if c.name == 'group' else c).reset_index(drop=True)
+    return t[keep].sort_values(['group', 'epsilon'], key=lambda c: c.map(order) if c.name == 'group'
+                               else c).reset_index(drop=True)

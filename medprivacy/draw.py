@@ -6,7 +6,7 @@
 __all__ = ['SHRINK', 'half_width', 'is_half', 'pt', 'styled', 'new_axes', 'fold', 'settle_ticks', 'name_points', 'whiskers',
            'level_line', 'legend_above', 'tidy', 'sizes_text']
 
-# %% ../nbs/59a_draw.ipynb #ec66e2d6
+# %% ../nbs/59a_draw.ipynb #1ca0223b
 import textwrap
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +22,7 @@ from matplotlib.patheffects import withStroke
 from .core import DataError
 from .style import STYLE, need_columns
 
-# %% ../nbs/59a_draw.ipynb #8621ba57
+# %% ../nbs/59a_draw.ipynb #8c389166
 _HALF = ContextVar('half', default=False)
 SHRINK = .75    # letters at half width, against those of a report
 
@@ -33,7 +33,9 @@ def half_width() -> object:    # A context manager
     try: yield
     finally: _HALF.reset(token)
 
-def is_half() -> bool: return _HALF.get()    # Inside `half_width`
+def is_half() -> bool:    # Inside `half_width`
+    "Say whether figures are drawn for one column"
+    return _HALF.get()
 
 def pt(
     size:float,    # Points in a report
@@ -64,7 +66,7 @@ def new_axes(
     if ax is not None: return ax
     return plt.subplots(figsize=(width/2, height*shrink) if is_half() else (width, height), **kw)[1]
 
-# %% ../nbs/59a_draw.ipynb #ff0d6724
+# %% ../nbs/59a_draw.ipynb #74f04611
 def fold(
     ax:Axes,           # Whose width counts
     text:str,          # Lines
@@ -89,7 +91,7 @@ def settle_ticks(
         for t in ax.get_xticklabels(): t.set(rotation=90, va='top', ha='center', linespacing=1.)
     return ax
 
-# %% ../nbs/59a_draw.ipynb #0dbc74c4
+# %% ../nbs/59a_draw.ipynb #29ffedd0
 _PLACES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
 
 def name_points(
@@ -106,7 +108,8 @@ def name_points(
         for far in (1, 2, 3.5):
             for dx,dy in _PLACES:
                 t = ax.annotate(name, at, (pt(7)*far*dx, pt(7)*far*dy), textcoords='offset points', fontsize=pt(8),
-                                ha={1: 'left', -1: 'right'}.get(dx, 'center'), va={1: 'bottom', -1: 'top'}.get(dy, 'center'))
+                                ha={1: 'left', -1: 'right'}.get(dx, 'center'),
+                                va={1: 'bottom', -1: 'top'}.get(dy, 'center'))
                 b = t.get_window_extent()
                 inside = frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1
                 free = not any(_touch(b, o) for o in taken) and not any(
@@ -117,7 +120,7 @@ def name_points(
             break
     return ax
 
-# %% ../nbs/59a_draw.ipynb #30e554fe
+# %% ../nbs/59a_draw.ipynb #5266a679
 def whiskers(
     ax:Axes,                 # Drawn here
     at:list,                 # Positions
@@ -149,7 +152,7 @@ def legend_above(
     ax.legend(loc='lower left', bbox_to_anchor=(-.01, 1.0), ncols=max(1, (cols+1)//2) if is_half() else cols,
               handlelength=1.8, columnspacing=1.2)
 
-# %% ../nbs/59a_draw.ipynb #2e000174
+# %% ../nbs/59a_draw.ipynb #3713311d
 def tidy(
     table:pd.DataFrame,    # A table of results
     value:str,             # Column of the estimate
@@ -157,7 +160,8 @@ def tidy(
     what:str,              # What the table is called in a message
 ) -> pd.DataFrame:         # With `condition`, lo and hi
     "Name the columns of a table of results as figures do; one row for each mark"
-    if 'condition' not in table and 'model' in table and 'model' not in keys: table = table.rename(columns={'model': 'condition'})
+    if 'condition' not in table and 'model' in table and 'model' not in keys:
+        table = table.rename(columns={'model': 'condition'})
     if f'{value}_lo' in table and not {'lo', 'hi'} & set(table):
         table = table.rename(columns={f'{value}_lo': 'lo', f'{value}_hi': 'hi'})
     need_columns(table, (value, 'lo', 'hi'), what)
@@ -165,7 +169,8 @@ def tidy(
     twice = table[table.duplicated(own)] if own else table[1:]
     if len(twice):
         told = ', '.join(f'{k} {twice.iloc[0][k]!r}' for k in own)
-        hint = '; choose one label, e.g. table[table.label == "macro"]' if 'label' in table and 'label' not in keys else ''
+        hint = '; choose one label, e.g. table[table.label == "macro"]'
+        hint = hint if 'label' in table and 'label' not in keys else ''
         raise DataError(f'{what} has several rows for {told}{hint}')
     return table
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plot_eps_auroc', 'plot_eps_gap', 'plot_size', 'plot_calibration']
 
-# %% ../nbs/59b_figures.ipynb #34676f85
+# %% ../nbs/59b_figures.ipynb #060e3383
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from .core import DataError
 from .draw import fold, is_half, legend_above, level_line, name_points, new_axes, pt, styled, tidy, whiskers
 from .style import look, need_columns
 
-# %% ../nbs/59b_figures.ipynb #92b6fa57
+# %% ../nbs/59b_figures.ipynb #24d4f969
 def _eps_lines(ax, table, value, terms, name):
     if not (table.epsilon > 0).all(): raise DataError('epsilon must be above 0 (inf: without privacy)')
     finite = table.epsilon[np.isfinite(table.epsilon)]
@@ -37,7 +37,7 @@ def _eps_lines(ax, table, value, terms, name):
     if len(groups) > 1 or 'group' not in table: legend_above(ax)
     return ax
 
-# %% ../nbs/59b_figures.ipynb #f057041e
+# %% ../nbs/59b_figures.ipynb #7b70f53d
 @styled
 def plot_eps_auroc(
     table:pd.DataFrame,     # Columns epsilon (inf: without privacy), value, lo, hi; optional group: one line each
@@ -64,15 +64,16 @@ def plot_eps_gap(
 ) -> Axes:                  # The axes
     "Draw how far each group stands from everybody else, against ε"
     table = tidy(table, value, ('epsilon', 'group'), 'the table of gaps')
-    ax, metric = new_axes(ax, 6.4, 3.7), str(table.get('metric', pd.Series(['value'])).iloc[0]).replace('auroc', 'AUROC')
+    ax, metric = new_axes(ax, 6.4, 3.7), str(table.get('metric',
+                                                       pd.Series(['value'])).iloc[0]).replace('auroc', 'AUROC')
     level_line(ax, 0)
     _eps_lines(ax, table, value, terms, 'gap').set_ylabel(fold(ax, ylabel or f'{metric},\ngroup − everybody else', .7))
     return ax
 
-# %% ../nbs/59b_figures.ipynb #9ca8790a
+# %% ../nbs/59b_figures.ipynb #a3ecdd47
 @styled
 def plot_size(
-    table:pd.DataFrame,           # As `performance_loss` returns it: point, size, public, private, lo and hi of the loss
+    table:pd.DataFrame,           # Of `performance_loss`: point, size, public, private, lo and hi of the loss
     *,
     xlabel:str=None,              # What the size counts; None: from the columns `by` and `size_of`
     ylabel:str=None,              # What is measured; None: from the column `metric`
@@ -80,17 +81,20 @@ def plot_size(
 ) -> Axes:                        # The axes
     "Draw performance with and without privacy against the size of the finding or group, joined by bars"
     need_columns(table, ('point', 'size', 'public', 'private', 'lo', 'hi'), 'the table of losses')
-    if not (table['size'] > 0).all(): raise DataError('size must be above 0 for a logarithmic axis; leave out empty points')
+    if not (table['size'] > 0).all():
+        raise DataError('size must be above 0 for a logarithmic axis; leave out empty points')
     of, by = (str(table.get(c, pd.Series(['given'])).iloc[0]) for c in ('size_of', 'by'))
     ax, a, b, x = new_axes(ax, 6.4, 3.7), look('public'), look('private'), table['size'].to_numpy(float)
     ax.vlines(x, table.private, table.public, color='#bbbbbb', lw=pt(5), zorder=1)
     whiskers(ax, x, table.public-table.hi, table.public-table.lo, colour=b.colour)
     ax.plot(x, table.public, a.marker, color=a.colour, mfc='white', ls='', label='without privacy', zorder=4)
-    ax.plot(x, table.private, b.marker, color=b.colour, mec='white', ms=pt(7), ls='', label='private (whiskers: loss)', zorder=4)
+    ax.plot(x, table.private, b.marker, color=b.colour, mec='white', ms=pt(7), ls='', label='private (whiskers: loss)',
+            zorder=4)
     ax.set_xscale('log'); ax.margins(x=.12, y=.15); _plain_ticks(ax, x)
     what = 'size' if of == 'given' else f'{"positive " if by == "label" else ""}{of} images'
     ax.set_xlabel(fold(ax, xlabel or f'{what} (log scale)'))
-    ax.set_ylabel(fold(ax, ylabel or str(table.get('metric', pd.Series(['performance'])).iloc[0]).replace('auroc', 'AUROC'), .7))
+    metric = str(table.get('metric', pd.Series(['performance'])).iloc[0]).replace('auroc', 'AUROC')
+    ax.set_ylabel(fold(ax, ylabel or metric, .7))
     ax.grid(axis='y'); legend_above(ax, 2 if not is_half() else 1)
     return name_points(ax, [*x, *x], [*table.private, *table.public], [*map(str, table.point), *['']*len(x)])
 
@@ -102,7 +106,7 @@ def _plain_ticks(ax, x):
     some = some[::max(1, -(-len(some)//(3 if is_half() else 5)))]
     ax.set_xticks(some, [f'{v:,.0f}' if v >= 1 else f'{v:g}' for v in some]); ax.minorticks_off()
 
-# %% ../nbs/59b_figures.ipynb #e0841455
+# %% ../nbs/59b_figures.ipynb #32d4b4b3
 @styled
 def plot_calibration(
     table:pd.DataFrame,     # As `calibration_curve` returns it: label (or curve), score, observed, lo, hi
@@ -117,7 +121,8 @@ def plot_calibration(
     for i,(name,rows) in enumerate(table.groupby(curve, sort=False)):
         k, rows = look(name, i), rows.sort_values('score')
         whiskers(ax, rows.score, rows.lo, rows.hi, colour=k.colour)
-        ax.plot(rows.score, rows.observed, ls=k.line, marker=k.marker, color=k.colour, mec='white', label=name, zorder=4)
+        ax.plot(rows.score, rows.observed, ls=k.line, marker=k.marker, color=k.colour, mec='white', label=name,
+                zorder=4)
     ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), aspect='equal')
     ax.set_xlabel(fold(ax, 'mean score of the bin (probability)')); ax.set_ylabel('observed share')
     ax.grid(True); legend_above(ax, 2)

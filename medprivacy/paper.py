@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_text', 'to_markdown', 'to_latex', 'save_table', 'methods_paragraph']
 
-# %% ../nbs/61c_paper.ipynb #9dcd0b6f
+# %% ../nbs/61c_paper.ipynb #7b15a282
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 from .core import ConfigError, DataError, Run, add_record, atomic_write, open_run
 from .findings import with_interval
 
-# %% ../nbs/61c_paper.ipynb #ca236a75
+# %% ../nbs/61c_paper.ipynb #a97a327d
 _SHORT = dict(auroc='AUROC', auprc='AUPRC', ppv='PPV', npv='NPV', f1='F1', ece='ECE', fpr='FPR', fnr='FNR', n='n')
 
 def in_text(
@@ -36,19 +36,21 @@ def in_text(
     sizes = {c.replace('n_patients', 'patients'): df[c].astype(str) for c in ('n', 'n_patients') if c in df}
     return out.assign(**sizes).reset_index(drop=True)
 
-# %% ../nbs/61c_paper.ipynb #706d6cca
+# %% ../nbs/61c_paper.ipynb #0af150ea
 def to_markdown(
     df:pd.DataFrame,     # A table of text
 ) -> str:                # Pipe table; a pipe inside a cell is escaped
     "Write a table for a README or a pull request"
     return df.map(lambda v: str(v).replace('|', '\\|')).to_markdown(index=False, disable_numparse=True) + '\n'
 
-_TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '<': r'\textless{}', '>': r'\textgreater{}', 'ε': r'$\varepsilon$', 'δ': r'$\delta$',
-        '×': r'$\times$', '−': '$-$', '–': '--', '≥': r'$\geq$', '≤': r'$\leq$', '∞': r'$\infty$', 'Δ': r'$\Delta$', '\u202f': r'\,', '\n': ' '} | {c: '\\'+c for c in '&%$#_{}'}
+_TEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '<': r'\textless{}',
+        '>': r'\textgreater{}', 'ε': r'$\varepsilon$', 'δ': r'$\delta$',
+        '×': r'$\times$', '−': '$-$', '–': '--', '≥': r'$\geq$', '≤': r'$\leq$', '∞': r'$\infty$',
+        'Δ': r'$\Delta$', '\u202f': r'\,', '\n': ' '} | {c: '\\'+c for c in '&%$#_{}'}
 
 def _tex(text):
     t = ''.join(_TEX.get(c, c) for c in str(text))
-    return f'{{{t[0]}}}{t[1:]}' if t.startswith('[') else t    # at the start of a row it would be an option of the line break
+    return f'{{{t[0]}}}{t[1:]}' if t.startswith('[') else t    # else an option of the line break before
 
 def to_latex(
     df:pd.DataFrame,     # A table of text
@@ -60,7 +62,7 @@ def to_latex(
     kw = dict(caption=_tex(caption)) if caption else {}
     return text.to_latex(index=False, escape=False, column_format='l'*text.shape[1], label=label or None, **kw)
 
-# %% ../nbs/61c_paper.ipynb #a2ea0067
+# %% ../nbs/61c_paper.ipynb #128f7ddd
 def save_table(
     df:pd.DataFrame,     # A table of text
     path:str|Path,       # Without ending: .csv, .md and .tex are written
@@ -68,17 +70,20 @@ def save_table(
 ) -> list:               # The three files
     "Write a table in the three forms, each atomically"
     path = Path(path)
-    if path.suffix in ('.csv', '.md', '.tex'): raise ConfigError(f'give {path.stem!r} without an ending; three are written')
+    if path.suffix in ('.csv', '.md', '.tex'):
+        raise ConfigError(f'give {path.stem!r} without an ending; three are written')
     made = {'.csv': df.to_csv(index=False), '.md': to_markdown(df), '.tex': to_latex(df, caption, f'tab:{path.name}')}
     return [atomic_write(path.with_name(path.name+e), text) for e,text in made.items()]
 
-# %% ../nbs/61c_paper.ipynb #e56deea7
+# %% ../nbs/61c_paper.ipynb #003db8d0
 def _n(k, one, many=None): return f'{k:,} {one if k == 1 else many or one + "s"}'.replace(',', '\u202f')
 def _join(items): return ' and '.join([', '.join(items[:-1]), items[-1]]) if len(items) > 1 else ''.join(items)
 
 def _data_said(r):
     labels = f"the label{'s'*(len(r['labels']) != 1)} {_join(r['labels'])}"
-    if r.get('predictions'): return f"We judged the predictions in {_join(r['predictions'])}, with {labels}; how they were made is not known here."
+    if r.get('predictions'):
+        said = f"We judged the predictions in {_join(r['predictions'])}, with {labels}"
+        return f'{said}; how they were made is not known here.'
     what = f"phantom images drawn by the software ({r['name']})" if r.get('phantom') else f"the {r['name']} images"
     who  = f" of {_n(r['patients'], 'patient')}" if r.get('patients') else ' (patients unknown)'
     return f"We used {what}: {_n(r['images'], 'image')}{who}, with {labels}."
@@ -95,37 +100,46 @@ def _obfuscate_said(r):
             f"{_n(r['images'], 'image')} of {_n(r['patients'], 'patient')} for {_n(r['epochs'], 'epoch')} "
             f"(attack term {r['attack']}, seed {r['seed']}).")
 
-# %% ../nbs/61c_paper.ipynb #69139a0a
+# %% ../nbs/61c_paper.ipynb #7f272ca1
 def _boot_said(r, of='of each estimate'):
     return (f"Intervals {of} are {r['level']:.0%} {r['interval']} intervals of {_n(r['n_boot'], 'bootstrap resample')} "
             f"of {r['unit']}s.")
 
 def _attack_said(r):
-    return (f"Fresh attackers of {r['attribute']} ({_join(r['archs'])}), trained for at most {_n(r['epochs'], 'epoch')} on "
+    return (f"Fresh attackers of {r['attribute']} ({_join(r['archs'])}), trained for at most "
+            f"{_n(r['epochs'], 'epoch')} on "
             f"images of patients that the obfuscator had not seen, were tested on {_n(r['images'], 'image')} of "
-            f"{_n(r['patients'], 'patient')} under the conditions {_join(r['conditions'])}; leakage is max(AUROC, 1 − AUROC), "
+            f"{_n(r['patients'], 'patient')} under the conditions {_join(r['conditions'])}; "
+            f"leakage is max(AUROC, 1 − AUROC), "
             f"and the strongest attacker was chosen inside every resample. {_boot_said(r, 'of leakage')}")
 
 def _evaluate_said(r):
-    said = {'given': f" The threshold {r['given']:g} was given." if r.get('given') is not None else ' Thresholds were given.',
+    one  = f" The threshold {r['given']:g} was given." if r.get('given') is not None else ' Thresholds were given.'
+    said = {'given': one,
             'youden_on_test': ' Thresholds were chosen on the very rows that are judged, which flatters.'}
-    rule = said.get(r.get('rule'), f" Thresholds followed the rule {r.get('rule')!r} on {r.get('chosen_on')} rows." if r.get('rule') else '')
+    rule = f" Thresholds followed the rule {r['rule']!r} on {r['chosen_on']} rows." if r.get('rule') else ''
+    rule = said.get(r.get('rule'), rule)
     return (f"Performance of {_join(r['conditions'])} was measured on {_n(r['images'], 'image')} of "
             f"{_n(r['patients'], 'patient')}.{rule} {_boot_said(r)}")
 
-# %% ../nbs/61c_paper.ipynb #0db2fce7
+# %% ../nbs/61c_paper.ipynb #c26c21d9
 def _private_said(r):
     one = (f"A classifier ({r['arch']}) was trained for {_n(r['epochs'], 'epoch')} without privacy and for "
            f"{_n(r['private_epochs'], 'epoch')} with differentially private SGD")
     if not r['private']: return f"{one} in test mode, with noise from a known seed: it has no privacy guarantee."
     more = f" Further targets gave ε = {_join([f'{e:.2f}' for e in r['all_eps'][1:]])}." if r['all_eps'][1:] else ''
-    return (f"{one} (clipping norm {r['max_grad_norm']:g}, noise multiplier {r['noise_multiplier']:.3g}, {r['sampling']} "
-            f"sampling at rate {r['sample_rate']:.3g}, {_n(r['steps'], 'step')}): (ε = {r['eps']:.2f}, δ = {r['delta']:.1e}) "
-            f"by the {r['accountant'].upper()} accountant, for {r['neighbours']} neighbours, unit of privacy: one {r['unit']}.{more}" +
+    return (f"{one} (clipping norm {r['max_grad_norm']:g}, noise multiplier {r['noise_multiplier']:.3g}, "
+            f"{r['sampling']} "
+            f"sampling at rate {r['sample_rate']:.3g}, {_n(r['steps'], 'step')}): "
+            f"(ε = {r['eps']:.2f}, δ = {r['delta']:.1e}) "
+            f"by the {r['accountant'].upper()} accountant, for {r['neighbours']} neighbours, "
+            f"unit of privacy: one {r['unit']}.{more}" +
             (f" Not covered by this budget: {'; '.join(r['unaccounted'])}." if r.get('unaccounted') else ''))
 
 def _against_said(r):
-    def pair(p): return f"{p['a']} was compared with {p['b']} on the same {_n(p['images'], 'image')} of {_n(p['patients'], 'patient')}"
+    def pair(p):
+        n = f"{_n(p['images'], 'image')} of {_n(p['patients'], 'patient')}"
+        return f"{p['a']} was compared with {p['b']} on the same {n}"
     said = '; '.join(pair(p) for p in r['pairs'])
     return (f"{said}. Both models of a pair were judged on the same "
             f"resamples, with two-sided p-values{' and Holm correction over labels' if r['holm'] else ''}.")
@@ -133,13 +147,14 @@ def _against_said(r):
 _SAID = dict(data=_data_said, split=_split_said, obfuscate=_obfuscate_said, attack=_attack_said, train=_private_said,
              evaluate=_evaluate_said, against=_against_said)
 
-# %% ../nbs/61c_paper.ipynb #0d32129e
+# %% ../nbs/61c_paper.ipynb #a7c5e008
 def methods_paragraph(
     run:Run|str|Path|Mapping,    # A run, its folder, or its record
 ) -> str:                        # English sentences, one per recorded stage
     "Say what a run did, from its record and nothing else"
     record = run if isinstance(run, Mapping) else (run if isinstance(run, Run) else open_run(run)).record
-    if not record: raise DataError('this run holds no record (record.json): it was made by an earlier version, or no stage ended')
+    if not record:
+        raise DataError('this run holds no record (record.json): it was made by an earlier version, or no stage ended')
     said = []
     for stage,say in _SAID.items():
         if stage not in record: continue

@@ -102,7 +102,7 @@ FIGURES = {
     'curves':       'Learning curves: an attacker that was not trained to its end proves nothing',
     'utility':      'Disease AUROC per label and condition. Whiskers are 95 % intervals; the dashed line is chance',
     'roc':          'ROC curves with the working point chosen on validation patients',
-    'calibration':  'Observed share against mean score; on the dashed line a score means what it says. Whiskers are 95 % intervals',
+    'calibration':  'Observed share against mean score; on the dashed line a score means what it says',
     'frontier':     'What is kept against what leaks; up and to the left is better. Bars are 95 % intervals',
     'eps':          'Disease AUROC against the privacy budget',
     'subgroups':    'Disease AUROC by group with 95 % intervals and group sizes',
@@ -145,7 +145,7 @@ def _views(run, allowed):
 KINDS = {'result': 'Result', 'holds': 'Control holds', 'warning': 'Caution'}
 WORDS = {'raw': 'raw images', 'obfuscated': 'obfuscated images', 'noise': 'noise of the same mean |Δ|',
          'control': 'shuffled (control)', 'public': 'trained without DP', 'private': 'trained with DP'}
-SHORT = {'epsilon': 'ε', 'delta': 'δ', 'mean_change': 'Mean |Δ| per pixel'}
+SHORT = {'epsilon': 'ε', 'delta': 'δ', 'mean_change': 'Mean |Δ| per pixel', 'auroc': 'AUROC, mean of labels'}
 
 def _in_words(name):
     part = name.split('.')
@@ -197,14 +197,16 @@ def _comparison(run):
     "Each classifier against the one that saw raw images, or had no privacy"
     df = _table_of(run, 'comparison')
     if df is None: return None
-    rows = _merged(df, 'difference', 'difference [95 % interval]', ['model', 'against', 'metric', 'label', 'a', 'b'])
+    df   = df.assign(compared=df.model + ' − ' + df.against)
+    rows = _merged(df, 'difference', 'difference [95 % interval]', ['compared', 'metric', 'label', 'a', 'b'])
     p    = {'p': df.p.map(p_text), 'p (Holm)': df.p_holm.map(p_text)}
-    return html_table(rows.drop(columns='n').assign(**p), 'Paired comparisons on the same resamples of patients (a: model, b: against)')
+    return html_table(rows.drop(columns='n').assign(**p), 'Paired comparisons, a − b, on the same resamples')
 
 def _calibrated(run):
     df = _table_of(run, 'calibration')
     if df is None: return None
-    rows = _merged(df.rename(columns={'bias_lo': 'lo', 'bias_hi': 'hi'}), 'bias', 'mean score − prevalence', ['condition', 'label'])
+    rows = _merged(df.rename(columns={'bias_lo': 'lo', 'bias_hi': 'hi'}), 'bias', 'mean score − prevalence',
+                   ['condition', 'label'])
     return html_table(rows.assign(**{c: df[c] for c in ('ece', 'ece_chance', 'rmsce', 'brier')}),
                       'Calibration: ece_chance is the error that sampling alone would give')
 

@@ -6,7 +6,7 @@
 __all__ = ['contact_sheet', 'show_views', 'plot_attack_bars', 'plot_utility_bars', 'plot_privacy_utility', 'plot_learning_curves',
            'plot_roc', 'plot_panels', 'plot_demographics', 'plot_subgroups']
 
-# %% ../nbs/60_visualize.ipynb #592d1ff3
+# %% ../nbs/60_visualize.ipynb #b2115dad
 import math
 
 import numpy as np
@@ -17,12 +17,12 @@ from .core import DataError
 from .data.clean import AGE_BANDS
 from .data.cohort import count_people
 from .data.core import SPLITS
-from .draw import (fold, half_width, is_half, legend_above, level_line, new_axes, pt, settle_ticks, sizes_text,
-                             styled, tidy, whiskers)
+from .draw import (fold, half_width, is_half, legend_above, level_line, new_axes, pt, settle_ticks,
+                             sizes_text, styled, tidy, whiskers)
 from .figures import plot_calibration, plot_eps_auroc, plot_eps_gap, plot_size    # so that all are found here
 from .style import Look, look, need_columns
 
-# %% ../nbs/60_visualize.ipynb #c894cdc0
+# %% ../nbs/60_visualize.ipynb #0800b794
 def _pictures(x, what):
     x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x, dtype=float)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
@@ -38,7 +38,7 @@ def _picture(ax, im, title='', **kw):
     ax.set_title(title, fontsize=pt(9))
     return ax.imshow(im.squeeze() if grey else im, interpolation='nearest', **kw)
 
-# %% ../nbs/60_visualize.ipynb #e086e2df
+# %% ../nbs/60_visualize.ipynb #c25a2631
 @styled
 def contact_sheet(
     x:np.ndarray,      # Images (B,C,H,W) in [0,1]; C 1 grey, 3 colour
@@ -56,7 +56,7 @@ def contact_sheet(
     for a,im,title in zip(axs.flat, ims, titles): _picture(a, im, title)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #fa216588
+# %% ../nbs/60_visualize.ipynb #c05d923e
 @styled
 def show_views(
     original:np.ndarray,      # Images (B,C,H,W) in [0,1]; a tensor will do
@@ -81,7 +81,7 @@ def show_views(
     bar.set_label('Δ intensity\n(0 to 1 scale)', fontsize=pt(8))
     return axs
 
-# %% ../nbs/60_visualize.ipynb #58f280e6
+# %% ../nbs/60_visualize.ipynb #c855c726
 def _unique(column): return list(dict.fromkeys(column))
 
 def _bars(ax, table, across, series, value, base=.5):
@@ -106,7 +106,7 @@ def _bars(ax, table, across, series, value, base=.5):
     level_line(ax); legend_above(ax)
     return settle_ticks(ax)
 
-# %% ../nbs/60_visualize.ipynb #e3c20a88
+# %% ../nbs/60_visualize.ipynb #40cbf39f
 @styled
 def plot_attack_bars(
     table:pd.DataFrame,       # Columns condition, model ('strongest' is black), leakage, lo, hi; optional n, n_patients
@@ -122,7 +122,7 @@ def plot_attack_bars(
     ax.set_ylabel(f'leakage of {attribute}\n(0.5 = chance, 1 = perfect)')
     return ax
 
-# %% ../nbs/60_visualize.ipynb #9048947a
+# %% ../nbs/60_visualize.ipynb #3bfcba0d
 @styled
 def plot_utility_bars(
     table:pd.DataFrame,       # Columns condition, label (one may be 'macro'), value, lo, hi; optional n, n_patients
@@ -138,7 +138,7 @@ def plot_utility_bars(
     ax.set_ylabel('disease AUROC\n(0.5 = chance)')
     return ax
 
-# %% ../nbs/60_visualize.ipynb #f796d049
+# %% ../nbs/60_visualize.ipynb #634a79c2
 @styled
 def plot_privacy_utility(
     table:pd.DataFrame,     # Columns condition, leakage, leakage_lo, leakage_hi, auroc, auroc_lo, auroc_hi
@@ -160,11 +160,11 @@ def plot_privacy_utility(
     level_line(ax, flat=False); ax.grid(True); legend_above(ax)
     ax.set_xlabel(fold(ax, f'leakage of {attribute}, strongest attacker (0.5\xa0=\xa0chance)'))
     ax.set_ylabel('disease AUROC, mean of labels')
-    ax.annotate('better', (.025, .95), (.16, .84), xycoords='axes fraction', fontsize=pt(9), color='#555555', va='center',
-                arrowprops={'arrowstyle': '->', 'color': '#555555'})
+    ax.annotate('better', (.025, .95), (.16, .84), xycoords='axes fraction', fontsize=pt(9), color='#555555',
+                va='center', arrowprops={'arrowstyle': '->', 'color': '#555555'})
     return ax
 
-# %% ../nbs/60_visualize.ipynb #423f3ed8
+# %% ../nbs/60_visualize.ipynb #33959d2c
 @styled
 def plot_learning_curves(
     history:pd.DataFrame,    # Columns model, epoch, train_loss, valid_loss, valid_auroc; optional condition
@@ -189,7 +189,7 @@ def plot_learning_curves(
     axs[0,0].figure.legend(handles.values(), handles.keys(), loc='outside upper left', ncols=2 if is_half() else 4)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #b70069a4
+# %% ../nbs/60_visualize.ipynb #54c4f482
 @styled
 def plot_roc(
     curves:pd.DataFrame,          # Columns curve, fpr, tpr; with one model and a column label, a curve per label
@@ -216,7 +216,7 @@ def plot_roc(
     ax.grid(True); legend_above(ax, 2)
     return ax
 
-# %% ../nbs/60_visualize.ipynb #eb50fc35
+# %% ../nbs/60_visualize.ipynb #5daf73d9
 @styled
 def plot_panels(
     plot:object,                  # `plot_roc` or `plot_calibration`
@@ -229,7 +229,8 @@ def plot_panels(
     need_columns(table, ('label', 'curve'), 'the table of panels')
     labels, cols = _unique(table.label), min(table.label.nunique(), 2 if is_half() else cols)
     rows = -(-len(labels)//cols)
-    axs  = np.ravel(new_axes(None, 1+2*cols*(1+is_half()*.6), .9+2.6*rows*(1+is_half()*.1), nrows=rows, ncols=cols, squeeze=False))
+    axs  = np.ravel(new_axes(None, 1+2*cols*(1+is_half()*.6), .9+2.6*rows*(1+is_half()*.1), nrows=rows, ncols=cols,
+                             squeeze=False))
     for i,(ax,label) in enumerate(zip(axs, labels)):
         more = {} if points is None else dict(points=points[points.label == label])
         plot(table[table.label == label].drop(columns='label'), ax=ax, **more)
@@ -241,7 +242,7 @@ def plot_panels(
     axs[0].figure.legend(names.values(), names.keys(), loc='outside upper left', ncols=2 if is_half() else 3)
     return axs[:len(labels)]
 
-# %% ../nbs/60_visualize.ipynb #a8be8140
+# %% ../nbs/60_visualize.ipynb #48d057a9
 _BAND = dict(zip(AGE_BANDS, ['under 30', '30–59', '60–69', '70–79', '80 or more']))
 _SEX  = {'F': Look('#E69F00', hatch='///'), 'M': Look('#0072B2'), 'unknown': Look('#999999', hatch='...')}
 
@@ -257,7 +258,8 @@ def _stack(ax, people, sexes, bands):
     for i,b in enumerate(bands):
         ax.text(end[i]+1, i, f'{people.n_patients[people.age_band == b].sum():.0f}', va='center', fontsize=pt(8))
     split = {'none': 'no split'}.get(people.split.iloc[0], people.split.iloc[0])
-    ax.set_title(f'{split}:{chr(10) if is_half() else " "}{n:.0f} patients'); ax.set_xlabel('% of patients' if is_half() else '% of these patients')
+    ax.set_title(f'{split}:{chr(10) if is_half() else " "}{n:.0f} patients')
+    ax.set_xlabel('% of patients' if is_half() else '% of these patients')
     ax.tick_params(axis='y', length=0); ax.grid(axis='x'); ax.margins(x=.16)
 
 @styled
@@ -278,7 +280,7 @@ def plot_demographics(
     axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc='outside upper left', ncols=3)
     return axs
 
-# %% ../nbs/60_visualize.ipynb #03922e31
+# %% ../nbs/60_visualize.ipynb #a93c9ada
 def _group_name(by, group):
     "What stands beside a row: the grouping, unless the names tell it or there is no room"
     if by == group or ('×' in by or by == 'sex') and (is_half() or '×' in by): return group
