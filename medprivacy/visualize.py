@@ -203,6 +203,7 @@ def plot_roc(
         curves, points = (t if t is None else t.assign(curve=t.label) for t in (curves, points))
     elif 'label' in curves and curves.label.nunique() > 1:
         raise DataError('several models and labels: choose one label, or draw `plot_panels(plot_roc, curves, points)`')
+    points = None if points is not None and not len(points) else points    # no threshold: one class in validation
     if points is not None: need_columns(points, ('curve', 'fpr', 'tpr'), 'the table of working points')
     ax = new_axes(ax, 4.6, 4.9, shrink=.58)
     ax.plot([0, 1], [0, 1], color='#666666', lw=1, ls=(0, (4, 3)))

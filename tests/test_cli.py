@@ -7,7 +7,11 @@ from fastcore.script import anno_parser
 from PIL import Image
 
 from medprivacy import cli
+from medprivacy.compare import paired_metrics
+from medprivacy.data.core import load_predictions
 from medprivacy.data.phantom import make_phantom
+from medprivacy.evaluate import choose_thresholds
+from medprivacy.rank import fake_predictions
 
 COMMANDS = ['demo', 'obfuscate', 'attack', 'train', 'evaluate', 'report']
 BIN = Path(sys.executable).parent
@@ -156,3 +160,75 @@ def test_chain(tmp_path):
         if not name.startswith('predictions/'): assert b'clinic-' not in b, name
     cli.medprivacy_evaluate(predictions=str(out/'predictions'/'disease.parquet'), out=str(tmp_path/'eval'), n_boot=20)
     assert len(pd.read_csv(tmp_path/'eval'/'tables'/'utility.csv'))
+    said = (out/'methods.txt').read_text()
+    for words in ('obfuscated was compared with raw', 'private was compared with public', 'accountant', 'patients'): assert words in said
+    assert {'comparison.tex', 'performance.md', 'groups.csv'} <= {f.name for f in (out/'paper').iterdir()}
+    html = (out/'report.html').read_text()
+    for words in ('Paired comparisons', 'Calibration', 'Methods, from what the stages recorded'): assert words in html
+
+
+# ---------------------------------------------------------------- predictions of any tool
+
+@pytest.fixture
+def tool(tmp_path):
+    "Two CSV files as another tool writes them: no model, run, view or device column"
+    def write(name, change=lambda d: d, **kw):
+        df = change(fake_predictions(200, ('effusion', 'mass'), **kw).df).drop(columns=['model', 'run', 'view', 'device'], errors='ignore')
+        df.to_csv(tmp_path/f'{name}.csv', index=False)
+        return str(tmp_path/f'{name}.csv')
+    return write
+
+
+def test_evaluate_against(tool, tmp_path):
+    "In a process of its own: tables in three forms, figures, record, methods, report; thresholds from validation rows"
+    a, b, out = tool('mine', auroc=.9, noise_seed=1), tool('theirs', auroc=.7, noise_seed=2), tmp_path/'out'
+    done = run('evaluate', '--predictions', a, '--against', b, '--out', out, '--n_boot', 200)
+    assert done.returncode == 0 and 'p_holm' in done.stdout and f'report: {out}/report.html' in done.stdout and 'Traceback' not in done.stderr
+    t, c = (pd.read_csv(out/'tables'/f'{n}.csv') for n in ('utility', 'comparison'))
+    assert set(t.condition) == {'mine', 'theirs'} and set(t.rule) == {'youden'}
+    for model, file in (('mine', a), ('theirs', b)):
+        preds = load_predictions(file)
+        assert (choose_thresholds(preds).threshold - t[t.condition == model].threshold.dropna().to_numpy()).abs().max() < 1e-9
+    ref = paired_metrics(load_predictions(a), load_predictions(b), n_boot=200)
+    assert (c.difference - ref.difference).abs().max() < 1e-12 and (c.p_holm - ref.p_holm).abs().max() < 1e-12
+    names = {f.relative_to(out).as_posix() for f in out.rglob('*')}
+    assert {f'paper/{n}.{e}' for n in ('performance', 'groups', 'gaps', 'calibration', 'comparison') for e in ('csv', 'md', 'tex')} <= names
+    assert {'figures/roc.png', 'figures/calibration.png', 'figures/utility.png', 'figures/subgroups.png', 'record.json', 'methods.txt', 'report.html'} <= names
+    assert {'data', 'evaluate', 'against'} == set(json.loads((out/'record.json').read_text())) and 'split at random' not in (out/'methods.txt').read_text()
+    assert json.loads((out/'summary.json').read_text())['mine.auroc']['value'] == pytest.approx(t.query("condition == 'mine' and label == 'macro'").auroc.item())
+    ids = set(load_predictions(a).df.patient_id)
+    for name, data in content(out).items(): assert not [i for i in ids if i.encode() in data], name
+
+
+@pytest.mark.parametrize('change,words', [
+    (lambda d: d.iloc[8:], 'image ids of split'), (lambda d: d.assign(image_id='x'+d.image_id), 'only one of the two tables'), (lambda d: d.assign(y_mass=1-d.y_mass), 'labels of'),
+    (lambda d: d.assign(patient_id='q'+d.patient_id), 'patients of'), (lambda d: d.drop(columns=['y_mass', 'score_mass']), 'targets differ'),
+    (lambda d: d.drop(columns='patient_id'), 'patient_id'), (lambda d: d.drop(columns='score_mass'), 'score_mass'), (lambda d: d[d.split != 'valid'], "no rows with split 'valid'"),
+    (lambda d: d[d.split != 'test'], "no rows with split 'test'"), (lambda d: pd.concat([d, d]), 'occur twice')])
+def test_evaluate_one_clear_error(tool, tmp_path, capsys, change, words):
+    "Files that do not match: one line, and no folder left behind"
+    a, b = tool('mine'), tool('theirs', change, noise_seed=2)
+    with pytest.raises(SystemExit) as e: cli.medprivacy_evaluate(predictions=a, against=b, out=str(tmp_path/'out'), n_boot=10)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and re.fullmatch(r'error: [^\n]*\n', err) and words in err and not (tmp_path/'out').exists()
+
+
+def test_evaluate_several_models(tool, tmp_path, capsys):
+    "One file with two models: each judged; --model chooses; the same file may be compared with itself"
+    one = pd.concat([fake_predictions(200, model=m, noise_seed=i).df for i, m in enumerate('ab')]); file = str(tmp_path/'both.csv'); one.to_csv(file, index=False)
+    cli.medprivacy_evaluate(predictions=file, out=str(tmp_path/'all'), n_boot=10)
+    assert set(pd.read_csv(tmp_path/'all'/'tables'/'utility.csv').condition) == {'a', 'b'} and not (tmp_path/'all'/'tables'/'comparison.csv').exists()
+    cli.medprivacy_evaluate(predictions=file, model='a', against=file, against_model='b', out=str(tmp_path/'pair'), n_boot=10, threshold='0.5', unit='image')
+    c = pd.read_csv(tmp_path/'pair'/'tables'/'comparison.csv'); assert set(c.model) == {'a'} and set(c.against) == {'b'} and set(c.unit) == {'image'}
+    assert 'The threshold 0.5 was given' in (tmp_path/'pair'/'methods.txt').read_text()
+    for kw, words in ((dict(model='z'), "no model 'z'"), (dict(against=file), 'choose one'), (dict(unit='eye'), '--unit'), (dict(n_boot=0), '--n_boot'), (dict(threshold='best'), 'threshold rule')):
+        with pytest.raises(SystemExit): cli.medprivacy_evaluate(predictions=file, out=str(tmp_path/'no'), **kw)
+        assert words in capsys.readouterr().err and not (tmp_path/'no').exists()
+
+
+def test_evaluate_says_what_is_weak(tool, tmp_path, capsys):
+    "Logits, nobody's sex or age, patients of the test set among the validation rows: judged, with notes"
+    file = tool('logits', lambda d: d.assign(score_mass=d.score_mass*9-3, split=['valid', 'test']*(len(d)//2)).drop(columns=['sex', 'age']))
+    cli.medprivacy_evaluate(predictions=file, out=str(tmp_path/'out'), n_boot=10); said = capsys.readouterr().out
+    assert 'no probabilities' in said and 'both validation and test' in said and 'no probabilities' in (tmp_path/'out'/'report.html').read_text()
+    assert not (tmp_path/'out'/'tables'/'gaps.csv').exists() and not (tmp_path/'out'/'tables'/'calibration.csv').exists()
