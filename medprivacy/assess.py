@@ -19,7 +19,7 @@ from .curves import calibration_curves, roc_table
 from .data.core import Predictions
 from .evaluate import metrics_table, resolve_thresholds
 from .fairness import by_group, gaps
-from .paper import in_text, methods_paragraph, save_table
+from .paper import in_text, methods_paragraph, samples_text, save_table
 
 # %% ../nbs/61d_assess.ipynb #2ab79a8b
 def joined(
@@ -50,6 +50,12 @@ class Assessment:
     notes:list = field(default_factory=list)           # Sentences that a reader must know
 
 def _known(df): return [c for c,own in (('sex', 'sex'), ('age_band', 'age')) if df[own].notna().any()]
+
+def _samples(df):
+    "The images on which models were judged; models judged on equally many stand together"
+    size, out = {m: _sizes(g) for m,g in df.groupby('model', sort=False)}, {}
+    for m,s in size.items(): out.setdefault(tuple(s.values()), dict(conditions=[], **s))['conditions'].append(m)
+    return list(out.values())
 
 def _sizes(df):
     df = df.drop_duplicates('image_id')
@@ -105,9 +111,9 @@ def assess(
     rule = str(chosen.rule.iloc[0]) if 'rule' in chosen else 'given'
     on   = dict(valid='validation').get(chosen['split'].iloc[0],
                                         chosen['split'].iloc[0]) if 'split' in chosen else 'none'
-    done = dict(conditions=list(preds.df.model.unique()), rule=rule, chosen_on=on,
+    done = dict(samples=_samples(preds.df[preds.df.split == split]), rule=rule, chosen_on=on,
                 given=threshold if isinstance(threshold, float) else None,
-                level=.95, interval='percentile', n_boot=n_boot, unit=unit, **_sizes(preds.df[preds.df.split == split]))
+                level=.95, interval='percentile', n_boot=n_boot, unit=unit)
     record = dict(evaluate=done) | (dict(against=dict(pairs=told, holm=len(preds.labels) > 1, metrics=list(PAIRED)))
                                     if told else {})
     return Assessment({k: t for k,t in tables.items() if t is not None and len(t)}, record, notes)
@@ -151,7 +157,7 @@ def write_assessment(
     for stage,facts in found.record.items(): add_record(run, stage, **facts)
     if found.notes: atomic_write(run.path/'notes.json', json.dumps(found.notes, indent=1, ensure_ascii=False) + '\n')
     e = found.record['evaluate']
-    what = f"{e['images']} images of {e['patients']} patients; [95 % intervals], {e['n_boot']} resampled {e['unit']}s"
+    what = f"{samples_text(e)}; [95 % intervals], {e['n_boot']} resampled {e['unit']}s"
     made = paper_tables(found.tables)
     for name,df in made.items(): save_table(df, run.path/'paper'/name, f'{name.capitalize()}. {what}.')
     atomic_write(run.path/'methods.txt', methods_paragraph(run) + '\n')

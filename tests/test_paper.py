@@ -56,9 +56,9 @@ FACTS = dict(data=dict(name='toy', phantom=True, images=600, patients=300, label
              split=dict(seed=0, official=False, attack=.5, sizes=dict(train=dict(patients=200, images=400))),
              obfuscate=dict(maker='viewmaker', attackers=3, attribute='sex', images=200, patients=100, epochs=5, attack='confusion', seed=0),
              attack=dict(attribute='sex', archs=['resnet9'], epochs=8, images=90, patients=45, conditions=['raw'], level=.95, interval='percentile', n_boot=99, unit='patient'),
-             train=SPENT, evaluate=dict(conditions=['public'], images=90, patients=45, rule='youden', chosen_on='validation', level=.95, interval='percentile', n_boot=1000, unit='patient'),
+             train=SPENT, evaluate=dict(samples=[dict(conditions=['public'], images=90, patients=45)], rule='youden', chosen_on='validation', level=.95, interval='percentile', n_boot=1000, unit='patient'),
              against=dict(pairs=[dict(a='private', b='public', images=90, patients=45)], holm=True))
-WORDS = dict(data='phantom images', split='never images', obfuscate='An obfuscator', attack='Fresh attackers', train='differentially private', evaluate='Performance of',
+WORDS = dict(data='phantom images', split='never images', obfuscate='An obfuscator', attack='Fresh attackers', train='differentially private', evaluate='Performance was measured: public on 90 images of 45 patients',
              against='was compared with')
 
 @pytest.mark.parametrize('stage', FACTS)
