@@ -49,6 +49,7 @@ def soft(
 # %% ../../nbs/04_data.chexpert.ipynb #a5373247
 def _policies(labels, uncertain, blank):
     if blank not in ('zeros', 'ignore'): raise ConfigError(f"blank must be 'zeros' or 'ignore', got {blank!r}")
+    if len(set(labels)) < len(labels): raise ConfigError(f'a label is named twice in {list(labels)}; name each once')
     per  = uncertain if isinstance(uncertain, dict) else {l: uncertain for l in labels}
     gone = [l for l in per if l not in labels]
     if gone: raise ConfigError(f'uncertain names {gone}, which are not read; labels: {list(labels)}')

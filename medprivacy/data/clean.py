@@ -27,10 +27,15 @@ def clean_sex(
     table = SEX_CODES if codes is None else {**{'': None}, **{str(k).strip().lower(): v for k,v in codes.items()}}
     text  = as_text(col).str.lower()
     bad   = sorted(set(text) - table.keys())
-    if bad: raise DataError(f'column {where!r} holds {bad[:5]}, which is no known sex code; say what they mean, '
-                            "e.g. sex_codes={'1': 'M', '2': 'F'} (check the data set's documentation: 1/2 and 0/1 are "
-                            "used both ways)")
+    if bad: raise DataError(f'column {where!r} holds {bad[:5]}{_rows(text, bad)}, which is no known sex code; say what '
+                            "they mean, e.g. sex_codes={'1': 'M', '2': 'F'} (check the data set's documentation: 1/2 and "
+                            "0/1 are used both ways)")
     return pd.Series([table[t] for t in text], index=col.index, dtype=object)
+
+def _rows(text, bad):
+    "Where such texts stand, for an error"
+    at = np.flatnonzero(text.isin(bad))
+    return f' in {len(at)} row(s), first in row {at[0]}'
 
 def as_text(
     col:pd.Series,     # As read
@@ -62,7 +67,8 @@ def clean_age(
     got  = [(np.nan, False) if t.lower() in ('', 'nan', 'unknown') else _age_years(t) for t in text]
     bad  = sorted({t for t,(a,_) in zip(text, got) if a is None})
     if bad:
-        raise DataError(f'column {where!r} holds {bad[:5]}, which is no age; write years, or DICOM ages such as 058Y')
+        raise DataError(f'column {where!r} holds {bad[:5]}{_rows(text, bad)}, which is no age; write years, or '
+                        'DICOM ages such as 058Y')
     age, top = pd.Series([a for a,_ in got], index=col.index, dtype=float), pd.Series([t for _,t in got],
                                                                                       index=col.index)
     wrong = (age < 0) | (age > 120) | ((age == 0) & (not infants))

@@ -94,6 +94,8 @@ def _check_ids(df, name):
 # %% ../../nbs/01_data.core.ipynb #82925e60
 def _check_codes(df, labels, task, name, soft=False):
     if not labels: raise ConfigError(f'{name}: no label given; name at least one label column')
+    twice = sorted({l for l in labels if list(labels).count(l) > 1})
+    if twice: raise ConfigError(f'{name}: label(s) {twice} are named twice; name each once')
     gone = [l for l in labels if l not in df]
     if gone: raise DataError(f'{name}: missing label column(s) {gone}; found {sorted(df.columns)}')
     for l in labels:
@@ -149,6 +151,17 @@ def validate(self:Records,
     return self
 
 # %% ../../nbs/01_data.core.ipynb #4aeb2c79
+def _condition(where, df):
+    "A condition on rows as booleans; what is neither true nor false is refused, since a null would count as true"
+    if isinstance(where, pd.Series) and not where.index.equals(df.index):
+        raise ConfigError('where is a Series of other rows (its index differs from that of records.df)')
+    y = np.asarray(where)
+    if y.dtype == object and y.size and all(isinstance(v, (bool, np.bool_)) for v in y.flat): y = y.astype(bool)
+    if y.shape != (len(df),) or (y.dtype != bool and y.size):
+        raise ConfigError(f'where must be one of True or False for each of the {len(df)} rows; got shape {y.shape} of '
+                          f'type {y.dtype}; a null is neither: write e.g. d.view.eq("PA"), or add .fillna(False)')
+    return y.astype(bool)
+
 @patch
 def select(self:Records, *,
     split:str|tuple=None,     # One of `SPLITS`, or several
@@ -164,7 +177,7 @@ def select(self:Records, *,
     if part is not None:
         if part not in PARTS: raise ConfigError(f'part must be one of {PARTS}, got {part!r}')
         keep &= (self.df.part.isna() | (self.df.part == part)).to_numpy()
-    if where is not None: keep &= np.asarray(where(self.df) if callable(where) else where, bool)
+    if where is not None: keep &= _condition(where(self.df) if callable(where) else where, self.df)
     return self._with(self.df[keep])
 
 # %% ../../nbs/01_data.core.ipynb #07e2d0f5

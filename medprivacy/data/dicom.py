@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dicom_tags', 'read_dicom', 'write_dicom']
 
-# %% ../../nbs/00b_data.dicom.ipynb #8f9dbac4
+# %% ../../nbs/00b_data.dicom.ipynb #3f79993a
 import threading, warnings
 from contextlib import contextmanager
 from io import BytesIO
@@ -24,7 +24,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 from ..core import ConfigError, DataError, atomic_write
 from .clean import SEX_CODES
 
-# %% ../../nbs/00b_data.dicom.ipynb #277a8dcb
+# %% ../../nbs/00b_data.dicom.ipynb #efc8f43d
 _SILENCE = threading.Lock(), [0], [None]    # how many threads ask for it, and what to restore
 
 @contextmanager
@@ -42,7 +42,9 @@ def _quiet():
             n[0] -= 1
             if not n[0]: saved[0][0].__exit__(None, None, None); logger.propagate = saved[0][1]
 
-# %% ../../nbs/00b_data.dicom.ipynb #8e55ce0b
+# %% ../../nbs/00b_data.dicom.ipynb #78dbe66f
+class _Damaged(DataError): "A file whose header cannot be read, in contrast to one that says something unknown"
+
 def _parse(path, **kwargs):
     "The header, and with it the pixels unless told otherwise"
     try: return dcmread(path, **kwargs)
@@ -50,9 +52,9 @@ def _parse(path, **kwargs):
     except InvalidDicomError: why = 'is no DICOM file: the mark DICM is missing at byte 128; fetch it again'
     except OSError as e: why = f'cannot be opened ({e.strerror or type(e).__name__}); check its permissions'
     except Exception as e: why = f'has a damaged header ({type(e).__name__}); fetch it again or drop its row'
-    raise DataError(f'{path} {why}') from None    # the cause may quote a patient's header
+    raise _Damaged(f'{path} {why}') from None    # the cause may quote a patient's header
 
-# %% ../../nbs/00b_data.dicom.ipynb #b6426789
+# %% ../../nbs/00b_data.dicom.ipynb #823e4bc6
 _TAGS = {'image_id': ('SOPInstanceUID',), 'patient_id': ('PatientID',), 'study_id': ('StudyInstanceUID',),
          'sex': ('PatientSex',), 'age_raw': ('PatientAge',), 'view': ('ViewPosition',),
          'laterality': ('ImageLaterality', 'Laterality'), 'device': ('Manufacturer', 'ManufacturerModelName')}
@@ -63,7 +65,7 @@ def _tag(ds, name):
     except Exception: raise DataError(f'tag {name} is damaged') from None
     return str(v).strip(' \0') or None if v is not None else None
 
-# %% ../../nbs/00b_data.dicom.ipynb #bfb63911
+# %% ../../nbs/00b_data.dicom.ipynb #f6f1e910
 def dicom_tags(
     path:str|Path,    # A DICOM file
 ) -> dict:            # image_id, patient_id, study_id, sex ('M'/'F'), age_raw, view, laterality, device: text or None
@@ -71,13 +73,13 @@ def dicom_tags(
     with _quiet():
         ds = _parse(path, stop_before_pixels=True, specific_tags=[t for ts in _TAGS.values() for t in ts])
         try: got = {k: [v for t in ts if (v := _tag(ds, t))] for k,ts in _TAGS.items()}
-        except DataError as e: raise DataError(f'{path}: {e}; correct the file or drop its row') from None
+        except DataError as e: raise _Damaged(f'{path}: {e}; correct the file or drop its row') from None
     out = {k: (' '.join(v) if k == 'device' else v[0]) if v else None for k,v in got.items()}
     sex = (out['sex'] or '').lower()
     if sex not in SEX_CODES: raise DataError(f'{path}: PatientSex holds {out["sex"]!r}; known: M, F, O or blank')
     return out | {'sex': SEX_CODES[sex]}
 
-# %% ../../nbs/00b_data.dicom.ipynb #7d5d845e
+# %% ../../nbs/00b_data.dicom.ipynb #bf32749f
 _COLOURS = ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'PALETTE COLOR', 'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT')
 
 def _check_header(ds, frame, path):
@@ -101,7 +103,7 @@ def _check_header(ds, frame, path):
     if not 0 <= (frame or 0) < n: raise DataError(f'{path} holds {n} frame(s), so there is no frame={frame}')
     return bits, bool(ds.get('PixelRepresentation')), frame or 0
 
-# %% ../../nbs/00b_data.dicom.ipynb #6f403e6f
+# %% ../../nbs/00b_data.dicom.ipynb #a6bc2db6
 _PLUGINS = [('JPEG 2000', 'pylibjpeg pylibjpeg-openjpeg'), ('JPEG-LS', 'pyjpegls'),
             ('JPEG', 'pylibjpeg pylibjpeg-libjpeg')]
 
@@ -129,7 +131,7 @@ def _decode(ds, bits, signed, frame, path):
     if signed: a = ((a.astype(np.int32) & (1 << bits) - 1) ^ 1 << bits-1) - (1 << bits-1)   # extend the sign bit
     return a
 
-# %% ../../nbs/00b_data.dicom.ipynb #3eb907be
+# %% ../../nbs/00b_data.dicom.ipynb #939fe867
 def _lookup(item, v, little, what, path):
     "Entries of a table for values `v`, and the largest value its bits can say"
     n, first, bits = item.LUTDescriptor
@@ -152,7 +154,7 @@ def _physical(ds, v, little, path):
     v = v*slope + icept
     return v, v.min(), v.max()
 
-# %% ../../nbs/00b_data.dicom.ipynb #11f32a9e
+# %% ../../nbs/00b_data.dicom.ipynb #68b70d78
 def _unit(ds, v, little, path):
     "Modality and value-of-interest steps: stored values → [0, 1]"
     v, lo, hi = _physical(ds, v, little, path)
@@ -169,7 +171,7 @@ def _unit(ds, v, little, path):
     try: return apply_windowing(v.astype(float), unit)
     except (ValueError, IndexError, TypeError) as e: raise DataError(f'{path}: {e}; correct its window') from e
 
-# %% ../../nbs/00b_data.dicom.ipynb #21e44c13
+# %% ../../nbs/00b_data.dicom.ipynb #478ed098
 def _render(ds, a, bits, signed, path):
     "Stored values of one frame → uint8 or uint16 over the full range"
     little = UID(ds.file_meta.TransferSyntaxUID).is_little_endian
@@ -185,7 +187,7 @@ def _render(ds, a, bits, signed, path):
     if ds.PhotometricInterpretation == 'MONOCHROME1': table = 1 - table
     return np.rint(table*full).astype(dtype)[a - lo if signed else a]
 
-# %% ../../nbs/00b_data.dicom.ipynb #95fcb6db
+# %% ../../nbs/00b_data.dicom.ipynb #69faff66
 def read_dicom(
     path:str|Path,      # A DICOM file
     *,
@@ -204,7 +206,7 @@ def read_dicom(
         except Exception as e:     # a tag of the wrong type is found when it is read
             raise DataError(f'{path} has a damaged header ({type(e).__name__}); fetch it again') from None
 
-# %% ../../nbs/00b_data.dicom.ipynb #6280c57b
+# %% ../../nbs/00b_data.dicom.ipynb #68b6f910
 _KIND = {True: ('1.2.840.10008.5.1.4.1.1.77.1.5.1', 'OP'), False: ('1.2.840.10008.5.1.4.1.1.1.1', 'DX')}
 
 def _header(path, pixels, colour, tags):
@@ -219,7 +221,7 @@ def _header(path, pixels, colour, tags):
     ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
     return ds
 
-# %% ../../nbs/00b_data.dicom.ipynb #8c75aa55
+# %% ../../nbs/00b_data.dicom.ipynb #ff583d23
 def write_dicom(
     path:str|Path,                     # The file to write; its folder is made when missing
     pixels:np.ndarray,                 # Stored values (H,W) uint8, uint16 or int16; (H,W,3) colour; (N,H,W) frames

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MBRSET_LABELS', 'fake_mbrset', 'read_mbrset']
 
-# %% ../../nbs/03a_data.mbrset.ipynb #f18e4c0c
+# %% ../../nbs/03a_data.mbrset.ipynb #cef0b102
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from .core import Records
 from .fake import fake_image, fake_people, write_csv
 from .source import as_numbers, finish, map_codes, need_parts, read_csv
 
-# %% ../../nbs/03a_data.mbrset.ipynb #3d62589e
+# %% ../../nbs/03a_data.mbrset.ipynb #55cce2a1
 _FAKE_MBRSET = ('patient age sex dm_time insulin insulin_time oraltreatment_dm systemic_hypertension insurance '
                 'educational_level alcohol_consumption smoking obesity vascular_disease acute_myocardial_infarction '
                 'nephropathy neuropathy diabetic_foot file laterality final_artifacts final_quality final_icdr '
@@ -44,7 +45,7 @@ def _fake_mbrset_table(n_patients, seed):
         final_icdr=icdr, final_edema=yes_no(2)))
     return df[_FAKE_MBRSET]
 
-# %% ../../nbs/03a_data.mbrset.ipynb #2541a166
+# %% ../../nbs/03a_data.mbrset.ipynb #4d84708c
 def fake_mbrset(
     root:str|Path,       # Folder to write into
     n_patients:int=20,   # At least 6
@@ -57,7 +58,7 @@ def fake_mbrset(
     write_csv(root/'labels_mbrset.csv', df)
     return root
 
-# %% ../../nbs/03a_data.mbrset.ipynb #3776349c
+# %% ../../nbs/03a_data.mbrset.ipynb #4519bdc5
 MBRSET_LABELS = ('diabetic_retinopathy', 'macular_edema')
 _YES_NO = ('final_edema', 'final_quality', 'final_artifacts')
 _NEED   = ('patient', 'age', 'sex', 'file', 'laterality', 'final_icdr', 'insurance', 'educational_level', *_YES_NO)
@@ -76,16 +77,16 @@ def _mbrset_table(raw):
     df['diabetic_retinopathy'] = (df.final_icdr > 0).astype(float).where(df.final_icdr.notna())
     return df.assign(macular_edema=df.final_edema)
 
-# %% ../../nbs/03a_data.mbrset.ipynb #2e3315a9
+# %% ../../nbs/03a_data.mbrset.ipynb #1ea22af3
 def _check_names(df):
     "Each file belongs to the patient of its row"
-    want = [bool(pd.Series([f]).str.fullmatch(rf'{p}\.[1-4]\.jpg')[0]) for f,p in zip(df.image_id, df.patient_id)]
+    want = [bool(re.fullmatch(rf'{re.escape(p)}\.[1-4]\.jpg', f)) for f,p in zip(df.image_id, df.patient_id)]
     if not all(want):
         i = want.index(False)
         raise DataError(f'mbrset: {want.count(False)} file(s) are not named <patient>.<1-4>.jpg, e.g. row {i}: '
                         f'{df.image_id[i]!r} of patient {df.patient_id[i]!r}; do not sort single columns of the table')
 
-# %% ../../nbs/03a_data.mbrset.ipynb #878fd2ea
+# %% ../../nbs/03a_data.mbrset.ipynb #1be8fcfa
 _ACCESS    = 'physionet.org/content/mbrset/ (credentialed)'
 _PUBLISHED = {'images': 5164, 'patients': 1291, 'sex=F': 3360, 'sex=M': 1804,
               **{f'final_icdr={k}': n for k,n in enumerate((3750, 272, 568, 82, 212))}}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NIH_FINDINGS', 'split_findings', 'read_nih_cxr14', 'fake_nih_cxr14']
 
-# %% ../../nbs/07_data.nih_cxr14.ipynb #7f40e2ee
+# %% ../../nbs/07_data.nih_cxr14.ipynb #1768c769
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from .core import Records
 from .fake import fake_image, fake_people, write_csv
 from .source import find_file, finish, map_codes, need_parts, read_csv
 
-# %% ../../nbs/07_data.nih_cxr14.ipynb #994322bb
+# %% ../../nbs/07_data.nih_cxr14.ipynb #3d6115a2
 NIH_FINDINGS = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Effusion', 'Emphysema', 'Fibrosis', 'Hernia',
                 'Infiltration', 'Mass', 'Nodule', 'Pleural_Thickening', 'Pneumonia', 'Pneumothorax')
 _ACCESS = 'open, at nihcc.app.box.com/v/ChestXray-NIHCC; the NIH asks for attribution'
@@ -26,7 +26,7 @@ _COUNTS = (11559, 2776, 4667, 2303, 13317, 2516, 1686, 227, 19894, 5782, 6331, 3
 _PUBLISHED = {'images': 112120, 'patients': 30805, 'sex=M': 63340, 'sex=F': 48780, 'view=PA': 67310, 'view=AP': 44810,
               'No Finding=1': 60361} | {f'{f}=1': n for f,n in zip(NIH_FINDINGS, _COUNTS)}
 
-# %% ../../nbs/07_data.nih_cxr14.ipynb #9762be98
+# %% ../../nbs/07_data.nih_cxr14.ipynb #2b32d38d
 def split_findings(
     col:pd.Series,       # 'Finding Labels', e.g. 'Mass|Nodule'
 ) -> pd.DataFrame:       # float: 1 or 0 for 'No Finding' and each of `NIH_FINDINGS`
@@ -39,7 +39,7 @@ def split_findings(
                             f'row {int(np.flatnonzero(text.isin(bad))[0])}; known: {list(known)}, the first only alone')
     return pd.DataFrame({k: text.map({t: float(k in s) for t,s in names.items()}) for k in known})
 
-# %% ../../nbs/07_data.nih_cxr14.ipynb #4cead8d4
+# %% ../../nbs/07_data.nih_cxr14.ipynb #f5118c56
 def _official(images, root):
     "'train' or 'test' per image, or None throughout where there are no lists"
     files = {s: root/f'{n}_list.txt' for s,n in (('train', 'train_val'), ('test', 'test'))}
@@ -49,7 +49,9 @@ def _official(images, root):
         return pd.Series([None]*len(images), index=images.index, dtype=object)
     gone  = [p.name for p in files.values() if not p.is_file()]
     if gone: raise DataError(f'nih_cxr14: {root} lacks {gone[0]} but has {here[0]}; add it. Access: {_ACCESS}')
-    lists = {s: set(p.read_text(encoding='utf-8-sig').split()) for s,p in files.items()}
+    try: lists = {s: set(p.read_text(encoding='utf-8-sig').split()) for s,p in files.items()}
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f'nih_cxr14: an official list in {root} is no UTF-8 text ({e}); copy both anew') from e
     both  = lists['train'] & lists['test']
     if both: raise LeakageError(f'nih_cxr14: {len(both)} image(s) stand in both lists, e.g. {min(both)}; copy anew')
     out = images.map({i: s for s,ids in lists.items() for i in ids}).astype(object)
@@ -58,7 +60,7 @@ def _official(images, root):
                         f'{images[out.isna()].iloc[0]}; table and lists are of different releases')
     return out
 
-# %% ../../nbs/07_data.nih_cxr14.ipynb #1ba09b23
+# %% ../../nbs/07_data.nih_cxr14.ipynb #573faa4a
 def _nih_table(path):
     df = read_csv(path, ('Image Index', 'Finding Labels', 'Follow-up #', 'Patient ID', 'Patient Age', 'View Position'))
     df = df.rename(columns={'Patient Sex': 'Patient Gender'} if 'Patient Gender' not in df else {})
@@ -74,7 +76,7 @@ def _nih_table(path):
         view=map_codes(df['View Position'], {'PA': 'PA', 'AP': 'AP'}, 'View Position'))).join(
         split_findings(df['Finding Labels']))
 
-# %% ../../nbs/07_data.nih_cxr14.ipynb #d9f95d9c
+# %% ../../nbs/07_data.nih_cxr14.ipynb #9c1e9b2e
 def read_nih_cxr14(
     root:str|Path,               # Folder with the table, the two lists and `images/`
     labels:list=None,            # Among `NIH_FINDINGS` and 'No Finding'; default: the 14 findings
@@ -95,7 +97,7 @@ def read_nih_cxr14(
                  missing=missing)
     return out if out.df.split.isna().all() else carve_valid(out, valid, seed)
 
-# %% ../../nbs/07_data.nih_cxr14.ipynb #78e0b670
+# %% ../../nbs/07_data.nih_cxr14.ipynb #a52eb148
 _FAKE_FINDINGS = ('Infiltration', 'Effusion', 'Atelectasis', 'Nodule', 'Mass', 'Pneumothorax', 'Consolidation',
                   'Pleural_Thickening', 'Cardiomegaly', 'Emphysema', 'Edema', 'Fibrosis', 'Pneumonia', 'Hernia')
 

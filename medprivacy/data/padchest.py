@@ -77,8 +77,10 @@ def _paths(df, root):
     rows = list(zip(as_text(df.ImageDir), as_text(df.ImageID)))
     out  = [f'{d}/{i}' for d,i in rows if '/' in d + i or '..' in (d, i)]
     if out: raise DataError(f'padchest: {len(out)} path(s) leave the root folder or name another one, e.g. {out[0]}')
+    bare = int(sum(not d for d,_ in rows))
+    if bare: print(f'padchest: ImageDir is blank in {bare} row(s); their files are looked for without a folder')
     some = [l for l in _LAYOUTS if any((root/l.format(d=d, i=i)).is_file() for d,i in rows[:200])]
-    return [(some or _LAYOUTS)[0].format(d=d, i=i) for d,i in rows]
+    return [(some or _LAYOUTS)[0].format(d=d, i=i).replace('//', '/').lstrip('/') for d,i in rows]
 
 # %% ../../nbs/08a_data.padchest.ipynb #220029f9
 def _drop_damaged(df, root, missing):
@@ -105,10 +107,10 @@ def _sex(col):
     return text.where(text.isin(['M', 'F']), None)
 
 def _padchest_table(path, labels):
-    df = read_csv(path, _NEED)
+    df = read_csv(path, _NEED, only=True)
     return df, pd.DataFrame(dict(
         image_id=as_text(df.ImageID), patient_id=as_text(df.PatientID), study_id=as_text(df.StudyID),
-        sex=_sex(df.PatientSex_DICOM), age=_age(df), view=map_codes(df.Projection, _VIEWS, 'Projection'),
+        sex=_sex(df.PatientSex_DICOM), age_raw=_age(df), view=map_codes(df.Projection, _VIEWS, 'Projection'),
         projection=df.Projection, device=df.Manufacturer_DICOM,
         labelled_by=map_codes(df.MethodLabel, {'Physician': 'physician', 'RNN_model': 'model'}, 'MethodLabel'))).join(
         label_lists(df.Labels, labels))
@@ -128,6 +130,9 @@ def read_padchest(
     names = [f'PADCHEST_chest_x_ray_images_labels_160K_{v}.csv{z}' for v in ('01.02.19', '*') for z in ('', '.gz')]
     raw, df = _padchest_table(find_file(root, names, name='padchest', access=_ACCESS), labels)
     labels  = [c for c in df if c in set(labels or PADCHEST_LABELS)]
+    n, patients = len(df), df.patient_id.nunique()
+    if n < 160_000 or patients < 67_000:
+        print(f'WARNING padchest: published are more than 160,000 images of 67,000 patients; here {n} of {patients}')
     df['path'] = _paths(raw, root)
     if set(projections or ()) - set(_VIEWS):
         raise ConfigError(f'projections must be among {list(_VIEWS)}, got {projections}')
@@ -135,11 +140,7 @@ def read_padchest(
     if only_physician: df = df[df.labelled_by == 'physician']
     if not len(df): raise DataError('padchest: no row is left; change projections or only_physician')
     df = _drop_damaged(df.reset_index(drop=True), root, missing)
-    out = finish(df, root, labels, name='padchest', missing=missing, infants=infants, bits=16)
-    n, patients = len(out), out.df.patient_id.nunique()
-    if n < 160_000 or patients < 67_000:
-        print(f'WARNING padchest: published are more than 160,000 images of 67,000 patients; here {n} of {patients}')
-    return out
+    return finish(df, root, labels, name='padchest', missing=missing, infants=infants, bits=16)
 
 # %% ../../nbs/08a_data.padchest.ipynb #14942a23
 _FAKE_COLUMNS = ('ImageID', 'ImageDir', 'StudyDate_DICOM', 'StudyID', 'PatientID', 'PatientBirth', 'PatientSex_DICOM',

@@ -183,8 +183,8 @@ def _without_absent(df, root, name, missing):
 # %% ../../nbs/02a_data.source.ipynb #e0238262
 def _clean_ages(df, name, topcode, infants):
     "Columns `age` and `age_topcoded`, from `age_raw` where that is given"
-    if 'age_raw' in df: age, top, n = clean_age(df.age_raw, infants, 'age')
-    elif 'age' in df:   age, top, n = clean_age(df.age, infants, 'age')
+    if 'age_raw' in df: age, top, n = clean_age(df.age_raw, infants, f'{name}, age')
+    elif 'age' in df:   age, top, n = clean_age(df.age, infants, f'{name}, age')
     else: return df
     if topcode is not None: top = top | (age >= topcode)
     if n['out_of_range']: print(f'{name}: {n["out_of_range"]} age(s) of 0 or out of range were set to unknown')

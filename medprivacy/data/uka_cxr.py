@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_uka_cxr', 'fake_uka_cxr']
 
-# %% ../../nbs/06_data.uka_cxr.ipynb #e2d14a50
+# %% ../../nbs/06_data.uka_cxr.ipynb #42fb8709
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +16,7 @@ from .core import Records
 from .fake import fake_image, fake_people, write_csv
 from .source import as_numbers, find_file, finish, map_codes, need_parts, read_csv
 
-# %% ../../nbs/06_data.uka_cxr.ipynb #d6e98f69
+# %% ../../nbs/06_data.uka_cxr.ipynb #52e89872
 _NAME   = 'uka_cxr'
 _ACCESS = 'private to the University Hospital RWTH Aachen; not obtainable outside'
 _SIDED  = ('pleural_effusion', 'pneumonic_infiltrates', 'atelectasis')
@@ -38,7 +38,7 @@ def _graded(df, labels, severity):
             raise ConfigError(f'severity of {l!r} must map each grade to 0, 1 or None (unknown), got {m!r}')
     return df.assign(**{l: map_codes(df[l], m, l).astype(float) for l,m in maps.items()})
 
-# %% ../../nbs/06_data.uka_cxr.ipynb #75a891d9
+# %% ../../nbs/06_data.uka_cxr.ipynb #164fed3b
 def _read_list(root, labels):
     "The table under today's column names, its file and the image folder relative to the root"
     path = find_file(root, _TABLES, name=_NAME, access=_ACCESS)
@@ -54,7 +54,7 @@ def _read_list(root, labels):
     folder = have[0] if have else path.parent/_FOLDERS[0]
     return df, folder.relative_to(root).as_posix()
 
-# %% ../../nbs/06_data.uka_cxr.ipynb #eadf92a3
+# %% ../../nbs/06_data.uka_cxr.ipynb #2cd39434
 def _date(df, column):
     text = as_text(df[column])
     date = pd.to_datetime(text.where(text != ''), format='%Y-%m-%d', errors='coerce')
@@ -66,9 +66,12 @@ def _date(df, column):
 
 def _age(df):
     "Years at the examination"
-    days = (_date(df, 'examination_date') - _date(df, 'birth_date')).dt.days
+    seen, born = _date(df, 'examination_date'), _date(df, 'birth_date')
+    days   = (seen - born).dt.days
+    before = seen.dt.month*100 + seen.dt.day < born.dt.month*100 + born.dt.day
+    whole  = (seen.dt.year - born.dt.year - before).where(days.notna())
     if days.isna().any(): print(f'{_NAME}: {int(days.isna().sum())} row(s) lack a date: their age is that of the table')
-    return (days/365.25).fillna(as_numbers(df.age, 'age'))
+    return (days/365.25).clip(whole, whole+.999).fillna(as_numbers(df.age, 'age'))    # a birthday completes a year
 
 def _sex(df):
     "M, F or None"
@@ -83,7 +86,7 @@ def _sex(df):
     if other.any(): print(f'{_NAME}: patient_sex is neither M nor F in {int(other.sum())} row(s): unknown')
     return sex.where(sex.notna(), None)
 
-# %% ../../nbs/06_data.uka_cxr.ipynb #9540d8e5
+# %% ../../nbs/06_data.uka_cxr.ipynb #4dc23214
 def read_uka_cxr(
     root:str|Path,          # Holds `UKA/chest_radiograph/master_list.csv`
     labels:list=None,       # Findings; None: the eight of DP_CXR
@@ -101,7 +104,7 @@ def read_uka_cxr(
         sex=_sex(df), age_raw=_age(df), split=map_codes(df.split, {s: s for s in ('train', 'valid', 'test')}, 'split')))
     return finish(out.join(df[labels]), root, labels, name=_NAME, published=_PUBLISHED, missing=missing)
 
-# %% ../../nbs/06_data.uka_cxr.ipynb #3b84232e
+# %% ../../nbs/06_data.uka_cxr.ipynb #3ea9f51b
 _FAKE_UKA_LABELS = ('cardiomegaly', 'congestion', 'pleural_effusion_right', 'pleural_effusion_left',
                     'pneumonic_infiltrates_right', 'pneumonic_infiltrates_left', 'atelectasis_right',
                     'atelectasis_left', 'pneumothorax_right', 'pneumothorax_left')
@@ -116,7 +119,7 @@ def _published_age(birth, exam):
     "Years + months/12 + days/360 of the difference of the parts of two dates"
     return exam.year - birth.year + (exam.month - birth.month)/12 + (exam.day - birth.day)/360
 
-# %% ../../nbs/06_data.uka_cxr.ipynb #e46c8df5
+# %% ../../nbs/06_data.uka_cxr.ipynb #f3e03994
 def _fake_uka_rows(people):
     "One row per image, with the columns of the master list in their order"
     rows = []
@@ -132,7 +135,7 @@ def _fake_uka_rows(people):
                              subject_id=f'{9000 + p.number}'))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/06_data.uka_cxr.ipynb #2226cedb
+# %% ../../nbs/06_data.uka_cxr.ipynb #d26ae76c
 def fake_uka_cxr(
     root:str|Path,           # Folder to write to
     n_patients:int=20,       # Invented patients

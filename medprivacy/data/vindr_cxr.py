@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VINDR_FINDINGS', 'majority', 'cached_tags', 'read_vindr_cxr', 'fake_vindr_cxr']
 
-# %% ../../nbs/08_data.vindr_cxr.ipynb #2f599355
+# %% ../../nbs/08_data.vindr_cxr.ipynb #844e7d4b
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from ..core import ConfigError, DataError, atomic_write
 from .chexpert import carve_valid
 from .clean import as_text, clean_sex
 from .core import Records
-from .dicom import dicom_tags, write_dicom
+from .dicom import _Damaged, dicom_tags, write_dicom
 from .fake import fake_people, write_csv
 from .source import as_numbers, finish, need_parts, read_csv
 
-# %% ../../nbs/08_data.vindr_cxr.ipynb #8e0dea5e
+# %% ../../nbs/08_data.vindr_cxr.ipynb #16ecbecc
 VINDR_FINDINGS = ('Aortic enlargement', 'Atelectasis', 'Calcification', 'Cardiomegaly', 'Clavicle fracture',
                   'Consolidation', 'Edema', 'Emphysema', 'Enlarged PA', 'ILD', 'Infiltration', 'Lung Opacity',
                   'Lung cavity', 'Lung cyst', 'Mediastinal shift', 'Nodule/Mass', 'Pleural effusion',
@@ -45,7 +45,7 @@ def majority(
     label = (share > .5).astype(float).mask(share.isna() | (share == .5))
     return label.join(votes.add_prefix('votes_')).assign(readers=n)
 
-# %% ../../nbs/08_data.vindr_cxr.ipynb #29eae5db
+# %% ../../nbs/08_data.vindr_cxr.ipynb #25b1bf69
 def _image_labels(root, part, labels):
     "One row per image: image_id, split, labels (and votes)"
     path  = root/'annotations'/f'image_labels_{part}.csv'
@@ -62,32 +62,51 @@ def _image_labels(root, part, labels):
     one = majority(df, labels).reset_index() if part == 'train' else df[['image_id', *labels]]
     return one.assign(split=part)
 
-# %% ../../nbs/08_data.vindr_cxr.ipynb #e0956fb9
+# %% ../../nbs/08_data.vindr_cxr.ipynb #9687b2d4
 _TAGS = ('path', 'bytes', 'sex', 'age_raw', 'view', 'device')
 
 def _read_tags(root, paths):
-    def one(p): return dict(path=p, bytes=str((root/p).stat().st_size)) | {k: dicom_tags(root/p)[k] for k in _TAGS[2:]}
-    with ThreadPoolExecutor() as pool: return pd.DataFrame(list(pool.map(one, paths)), columns=_TAGS, dtype=object)
+    "Tags of the files, and path → reason of those whose header cannot be read"
+    def one(p):
+        try: tags = dicom_tags(root/p)
+        except _Damaged as e: return str(e)
+        return dict(path=p, bytes=str((root/p).stat().st_size)) | {k: tags[k] for k in _TAGS[2:]}
+    with ThreadPoolExecutor() as pool: got = list(pool.map(one, paths))
+    good = [g for g in got if isinstance(g, dict)]
+    return pd.DataFrame(good, columns=_TAGS, dtype=object), {p: g for p,g in zip(paths, got) if isinstance(g, str)}
 
 def cached_tags(
     root:Path,            # Folder to which paths are relative
     paths:list,           # DICOM files; those that are not there are left out
     cache:Path,           # Table of what was read before; made or extended
-) -> pd.DataFrame:        # By path: sex, age_raw, view, device, as the headers say
+) -> pd.DataFrame:        # By path: sex, age_raw, view, device, as the headers say; `damage`, why one cannot be read
     "Read DICOM tags without pixels, each file once"
-    try: old = read_csv(cache, _TAGS)
+    try: old = read_csv(cache, _TAGS).drop_duplicates('path', keep=False)
     except DataError: old = pd.DataFrame(columns=_TAGS, dtype=object)
     here = [p for p in dict.fromkeys(paths) if (root/p).is_file()]
     size = dict(zip(old.path, old.bytes))
     todo = [p for p in here if size.get(p) != str((root/p).stat().st_size)]
-    new  = pd.concat([old[~old.path.isin(todo)], _read_tags(root, todo)], ignore_index=True) if todo else old
+    read, why = _read_tags(root, todo)
+    new  = pd.concat([old[~old.path.isin(todo)], read], ignore_index=True) if todo else old
     new  = new.astype(object).where(new.notna(), None)
-    if todo:
+    if len(read):
         try: atomic_write(cache, new.to_csv(index=False))
         except OSError as e: print(f'vindr_cxr: the tags cannot be kept in {cache.name} ({e.strerror}); give `tags`')
-    return new.set_index('path').reindex(paths)[list(_TAGS[2:])]
+    out = new.set_index('path').reindex(paths)[list(_TAGS[2:])]
+    return out.assign(damage=[why.get(p) for p in paths])
 
-# %% ../../nbs/08_data.vindr_cxr.ipynb #43dd0a4c
+def _drop_damaged(df, damage, missing):
+    "Rows whose header can be read, unless all are kept"
+    bad = damage.notna()
+    if not bad.any() or missing == 'keep': return df
+    n, first = int(bad.sum()), damage[bad].iloc[0]
+    if missing == 'raise':
+        raise DataError(f"vindr_cxr: {n} of {len(df)} headers cannot be read; leave such rows out with missing='drop', "
+                        f"or keep them for the quarantine of a run with missing='keep'; {first}")
+    print(f'vindr_cxr: left out {n} of {len(df)} rows whose header cannot be read, e.g. {df.path[bad].iloc[0]}')
+    return df[~bad].reset_index(drop=True)
+
+# %% ../../nbs/08_data.vindr_cxr.ipynb #471e1b9c
 _ACCESS = 'credentialed, physionet.org/content/vindr-cxr/1.0.0'
 _PUBLISHED = {'images': 18000}
 
@@ -98,7 +117,7 @@ def read_vindr_cxr(
     tags:str|Path=None,       # Table that keeps the DICOM tags; default: dicom_tags.csv in `root`
     valid:float=.1,           # Share of the official training images that become validation
     seed:int=42,              # Of that division
-    missing:str='raise',      # An image that is not there: 'raise', 'drop' or 'keep'
+    missing:str='raise',      # An image that is not there or whose header is damaged: 'raise', 'drop' or 'keep'
 ) -> Records:                 # One row per image; `patient_known` is false
     "Read VinDr-CXR"
     parts = ('annotations/image_labels_train.csv', 'annotations/image_labels_test.csv')
@@ -111,10 +130,11 @@ def read_vindr_cxr(
     tag = cached_tags(root, df.path.tolist(), Path(tags or root/'dicom_tags.csv')).reset_index(drop=True)
     df  = df.assign(patient_id=df.image_id, sex=clean_sex(tag.sex, where='PatientSex'), age_raw=tag.age_raw,
                     view=tag['view'], device=tag.device)
+    df  = _drop_damaged(df, tag.damage, missing)
     out = finish(df, root, labels, name='vindr_cxr', published=_PUBLISHED, missing=missing, patient_known=False)
     return carve_valid(out, valid, seed)
 
-# %% ../../nbs/08_data.vindr_cxr.ipynb #4d7dfe22
+# %% ../../nbs/08_data.vindr_cxr.ipynb #5923ecc6
 _FAKE_FINDINGS = ('Aortic enlargement', 'Atelectasis', 'Calcification', 'Cardiomegaly', 'Clavicle fracture',
                   'Consolidation', 'Edema', 'Emphysema', 'Enlarged PA', 'ILD', 'Infiltration', 'Lung Opacity',
                   'Lung cavity', 'Lung cyst', 'Mediastinal shift', 'Nodule/Mass', 'Pleural effusion',
@@ -130,7 +150,9 @@ def _fake_film(path, p, rng):
     pixels = np.round((1-film if mono1 else film) * (2**bits-1)).astype(np.uint16)
     sex = {3: '', 4: 'O'}.get(p.number, p.sex)
     age = {2: '', 3: '000Y', 4: '150Y'}.get(p.number, f'{p.age:03d}Y')
-    return write_dicom(path, pixels, bits=bits, photometric=f'MONOCHROME{2-mono1}', sex=sex, age=age, view='')
+    top   = 2**bits - 1
+    lut   = dict(slope=.5, intercept=-20, window=(.25*top - 20, .3*top)) if p.number % 5 == 1 else {}
+    return write_dicom(path, pixels, bits=bits, photometric=f'MONOCHROME{2-mono1}', sex=sex, age=age, view='', **lut)
 
 def _fake_votes(rng, number):
     "Findings (28,) that one reader marks"
@@ -138,7 +160,7 @@ def _fake_votes(rng, number):
     v[-1] = not v[:-1].any()
     return v
 
-# %% ../../nbs/08_data.vindr_cxr.ipynb #f9e29f3e
+# %% ../../nbs/08_data.vindr_cxr.ipynb #80dbe293
 def fake_vindr_cxr(
     root:str|Path,        # Folder to be made
     n_patients:int=20,    # Films: the set names no patients; every fifth is a test film

@@ -283,3 +283,7 @@ def test_read_split_load_and_train(tree, uncertain):
     learn = Learner(dls, create_classifier('small_resnet', len(FIVE), in_channels=1), loss_func=MaskedBCE())
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert learn.recorder.losses and all(torch.isfinite(torch.stack(learn.recorder.losses)))
+
+
+def test_a_label_named_twice(tmp_path):
+    with pytest.raises(ConfigError, match='twice'): read_chexpert(fake_chexpert(tmp_path), ['Edema', 'Edema'])

@@ -163,3 +163,23 @@ def test_predictions_lack(tmp_path, gone):
 def test_predictions_elsewhere(tmp_path):
     with pytest.raises(ConfigError, match='parquet or .csv'): save_predictions(some_predictions(), tmp_path/'p.json')
     with pytest.raises(DataError, match='does not exist'): load_predictions(tmp_path/'p.csv')
+
+
+def test_a_condition_is_true_or_false_for_each_row(folder):
+    "A null would count as true, a name of a column as true for all rows, and a Series of other rows would be misread"
+    r = read(folder(table()))
+    assert len(r.select(where=r.df.sex == 'F')) == len(r.select(where=lambda d: d.sex.map({'F': True, 'M': False}))) == 4
+    assert len(r.select(where=np.zeros(N, bool))) == 0
+    view = pd.Series(['PA', None, 'AP', 'PA', None, 'L', 'PA', 'PA'], dtype=object)
+    for wrong in ('sex', [True, False], [0, 3], view.str.startswith('P').astype(object), r.df.age.where(r.df.age > 41),
+                  (r.df.sex == 'F').sample(frac=1, random_state=0)):
+        with pytest.raises(ConfigError, match='where'): r.select(where=wrong)
+
+
+def test_a_label_named_twice(folder):
+    with pytest.raises(ConfigError, match='effusion.*twice'): read(folder(table()), labels=['effusion', 'effusion'])
+
+
+@pytest.mark.parametrize('col,value', [('age', 'old'), ('sex', 'X')])
+def test_an_error_names_value_and_row(folder, col, value):
+    with pytest.raises(DataError, match=f'{value.lower()}.* in 1 row.*row 5'): read(folder(put(col, 5, value)))

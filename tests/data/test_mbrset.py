@@ -235,3 +235,9 @@ def test_one_training_step(tmp_path):
     learn = Learner(dls, create_classifier('small_resnet', len(recs.labels), in_channels=3), loss_func=MaskedBCE())
     with learn.no_logging(): learn.fit(1, 1e-3)
     assert np.isfinite(learn.recorder.values[-1]).all()
+
+
+def test_a_patient_with_odd_signs_is_no_pattern(root):
+    def odd(df): df.loc[:3, 'patient'] = '1('
+    rewrite(root, odd)
+    with pytest.raises(DataError, match=r"row 0.*'1\('"): read_mbrset(root)

@@ -246,3 +246,8 @@ def test_real_table_agrees_with_published(real, tmp_path, capsys):
     spec = importlib.util.find_spec('torchxrayvision')
     read_nih_cxr14(tmp_path, table=Path(spec.origin).parent/'data'/'Data_Entry_2017_v2020.csv.gz', missing='keep')
     assert 'WARNING' not in capsys.readouterr().out
+
+
+def test_a_list_that_is_no_text(root):
+    (root/'test_list.txt').write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(DataError, match='list'): read_nih_cxr14(root)

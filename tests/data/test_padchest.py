@@ -259,3 +259,30 @@ def test_one_training_step(root):
     x, y = dls.one_batch()
     loss = learn.loss_func(learn.model(x), y); loss.backward()
     assert x.shape == (4, 1, 32, 32) and torch.isfinite(loss)
+
+
+def test_rows_left_out_on_purpose_do_not_change_the_published_count(root, capsys):
+    n, patients = len(table(root)), table(root).PatientID.nunique()
+    read_padchest(root, only_physician=True)
+    assert f'here {n} of {patients}' in capsys.readouterr().out
+
+
+def test_report_text_is_not_read(root, monkeypatch):
+    import medprivacy.data.padchest as m
+    seen, real = [], m.read_csv
+    monkeypatch.setattr(m, 'read_csv', lambda *a, **kw: seen.append(real(*a, **kw)) or seen[-1])
+    read_padchest(root)
+    assert 'Report' in table(root) and not {'Report', 'LabelsLocalizationsBySentence'} & set(seen[0])
+
+
+def test_age_as_computed_is_kept(root):
+    df = read_padchest(root).df
+    assert (df.age_raw > 120).any() and df.age.max() <= 120
+
+
+def test_a_blank_folder_leads_nowhere_else(root, capsys):
+    "Without a folder the path would begin with a slash"
+    f = table(root).ImageID[6]
+    spoil(root, 'ImageDir', None)
+    assert f not in set(read_padchest(root).df.image_id) and 'ImageDir is blank in 1 row' in capsys.readouterr().out
+    assert not any(p.startswith('/') for p in read_padchest(root, missing='keep').df.path)

@@ -238,3 +238,12 @@ def test_end_to_end(root):
     assert dls.train.one_batch()[1].shape == (4, 8)
     with learn.no_logging(): learn.fit(1)
     assert torch.isfinite(torch.as_tensor(float(learn.recorder.losses[-1])))
+
+def test_a_birthday_completes_a_year(root):
+    "Thirty on the birthday, not 29.9986: bands are closed on the left"
+    def change(df):
+        df.loc[[0, 1], 'birth_date'] = '1980-03-01'
+        df.loc[0, 'examination_date'], df.loc[1, 'examination_date'] = '2010-03-01', '2010-02-28'
+    edit(root, change)
+    df, ids = by_image(root), table(root).image_id
+    assert df.age[ids[0]] == 30 and 29.9 < df.age[ids[1]] < 30

@@ -10,7 +10,7 @@ from fastai.learner import Learner
 
 from medprivacy.core import ConfigError, DataError
 from medprivacy.data.dicom import write_dicom
-from medprivacy.data.load import records_dls
+from medprivacy.data.load import drop_unreadable, load_images, records_dls
 from medprivacy.data.split import split_patients
 from medprivacy.data.vindr_cxr import fake_vindr_cxr, read_vindr_cxr
 from medprivacy.models.resnet import create_classifier
@@ -230,3 +230,53 @@ def test_one_training_step(root):
     x, y = dls.one_batch()
     loss = learn.loss_func(learn.model(x), y); loss.backward()
     assert x.shape == (4, 1, 32, 32) and torch.isfinite(loss)
+
+
+def test_rescaling_and_windows_are_applied(root):
+    "What the loader gives is what pydicom's modality and VOI steps give, inverted where the film is MONOCHROME1"
+    r, n = read_vindr_cxr(root), 0
+    for i,p in enumerate(r.df.path):
+        ds = pydicom.dcmread(root/p)
+        if 'WindowWidth' not in ds: continue
+        v = ds.pixel_array*float(ds.RescaleSlope) + float(ds.RescaleIntercept)
+        want = ((v - float(ds.WindowCenter) + .5)/(float(ds.WindowWidth) - 1) + .5).clip(0, 1)
+        if ds.PhotometricInterpretation == 'MONOCHROME1': want = 1 - want
+        got = load_images(r.select(where=r.df.path == p), 32)[0, 0].numpy()/255
+        assert np.abs(got - want).max() < .01 and .05 < (want*(1-want) > 0).mean() < 1
+        n += 1
+    assert n >= 3
+
+
+@pytest.mark.parametrize('damage', [b'', b'no film at all '*20], ids=['empty', 'text'])
+def test_a_damaged_header_is_counted_and_left_out_on_request(root, damage, capsys, tmp_path):
+    f = table(root).image_id[0]
+    (root/'train'/f'{f}.dicom').write_bytes(damage)
+    with pytest.raises(DataError, match=f"1 of 20 headers.*missing='drop'.*{f}"): read_vindr_cxr(root)
+    capsys.readouterr()
+    r = read_vindr_cxr(root, missing='drop')
+    assert len(r) == 19 and f not in set(r.df.image_id) and 'left out 1 of 20' in capsys.readouterr().out
+    r = read_vindr_cxr(root, missing='keep')
+    assert pd.isna(by_id(r).sex[f])
+    assert len(drop_unreadable(r, tmp_path/'q.csv')) == 19 and f in (tmp_path/'q.csv').read_text()
+
+
+def test_an_unknown_sex_is_no_damage(root):
+    "An unknown code is refused, whatever is done about damaged files"
+    write_dicom(root/'train'/f'{table(root).image_id[0]}.dicom', np.full((32, 32), 9, np.uint16), sex='X', age='058Y')
+    for missing in ('drop', 'keep'):
+        with pytest.raises(DataError, match="'X'"): read_vindr_cxr(root, missing=missing)
+
+
+def test_each_header_is_read_once(root, monkeypatch):
+    import medprivacy.data.vindr_cxr as m
+    n, real = [], m.dicom_tags
+    monkeypatch.setattr(m, 'dicom_tags', lambda p: n.append(p) or real(p))
+    read_vindr_cxr(root)
+    assert len(n) == len(set(n)) == 20
+
+
+def test_a_table_of_tags_that_repeats_a_film_is_read_anew(root):
+    first, file = read_vindr_cxr(root), root/'dicom_tags.csv'
+    lines = file.read_text().splitlines()
+    file.write_text('\n'.join([*lines, lines[1]]) + '\n')
+    pd.testing.assert_frame_equal(first.df, read_vindr_cxr(root).df, check_dtype=False)
