@@ -28,8 +28,8 @@ def clean_sex(
     text  = as_text(col).str.lower()
     bad   = sorted(set(text) - table.keys())
     if bad: raise DataError(f'column {where!r} holds {bad[:5]}{_rows(text, bad)}, which is no known sex code; say what '
-                            "they mean, e.g. sex_codes={'1': 'M', '2': 'F'} (check the data set's documentation: 1/2 and "
-                            "0/1 are used both ways)")
+                            "they mean, e.g. sex_codes={'1': 'M', '2': 'F'} (check the data set's documentation: 1/2 "
+                            "and 0/1 are used both ways)")
     return pd.Series([table[t] for t in text], index=col.index, dtype=object)
 
 def _rows(text, bad):
