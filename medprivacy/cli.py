@@ -64,7 +64,8 @@ def _data(size, seed, csv=None, root=None, labels=None, n_patients=600, modality
         raise ConfigError('--labels is missing: name the label columns of the table, e.g. --labels '
                           'effusion,cardiomegaly')
     root = Path(root or Path(csv).parent)
-    return dict(cols, phantom=False, unreadable=unreadable, csv=str(csv), root=str(root), labels=_items(labels), size=size,
+    return dict(cols, phantom=False, unreadable=unreadable, csv=str(csv), root=str(root), labels=_items(labels),
+                size=size,
                 seed=seed, name=root.name)
 
 def _open(out, data, attribute, resume, overwrite) -> Run:
@@ -81,7 +82,7 @@ def _data_args(
     dataset:str=None,               # A set with a reader, e.g. nih_cxr14 or brset; needs --root
     options:str=None,               # Arguments of that reader, e.g. uncertain=ones,missing=drop
     csv:str=None,                   # Any table with one row per image; without it and --dataset, phantoms are drawn
-    root:str=None,                  # Folder of the data set, or to which image paths are relative (default: the table's)
+    root:str=None,                  # Folder of the data set, or to which image paths are relative; default: the table's
     labels:str=None,                # Label columns, separated by commas
     folder:str='',                  # Folder below root that holds the images
     ext:str='',                     # Added to each file name, e.g. .jpg
@@ -91,7 +92,7 @@ def _data_args(
     age:str='age',                  # Column with the age
     sex_codes:str=None,             # Codes of the sex column, e.g. 1=M,2=F
     unreadable:str='raise',         # Images that cannot be decoded: raise, or quarantine (leave out and list)
-    cache:str=None,                 # Folder for decoded images, shared by runs; default: that of MEDPRIVACY_CACHE, or none
+    cache:str=None,                 # Folder for decoded images, shared by runs; default: MEDPRIVACY_CACHE, or none
     n_patients:int=600,             # Phantom patients
     modality:str='cxr',             # Phantoms: cxr or fundus
 ) -> None: pass
