@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib import pyplot as plt, rc_context
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 
 from .core import DataError
 from .style import STYLE, need_columns
@@ -77,7 +78,12 @@ def fold(
     n = max(10, int(inches*share*72/(pt(10)*.56)))
     return '\n'.join('\n'.join(textwrap.wrap(t, n)) for t in text.splitlines())
 
-def _boxes(texts): return [t.get_window_extent() for t in texts]
+def _box(text):
+    "Around the words, without the line that may lead from them to a point"
+    text.get_window_extent()
+    return Text.get_window_extent(text)
+
+def _boxes(texts): return [_box(t) for t in texts]
 
 def _touch(a, b, gap=2): return a.x0 < b.x1+gap and b.x0 < a.x1+gap and a.y0 < b.y1 and b.y0 < a.y1
 
@@ -98,19 +104,20 @@ def name_points(
     ax:Axes,           # With its limits settled
     x:list,            # Where the points are
     y:list,            # Where the points are
-    names:list,        # One for each
+    names:list,        # Of the first points; further points are only kept free
 ) -> Axes:             # The same
     "Write names beside points, so that none lies on another name or point; one without room is left out"
     ax.figure.draw_without_rendering()
-    dots = ax.transData.transform(np.column_stack([x, y]))
+    every = ax.transData.transform(np.column_stack([x, y]))
     frame, px, taken = ax.get_window_extent(), ax.figure.dpi/72, []
     for (at,name) in zip(zip(x, y), names):
-        for far in (1, 2, 3.5):
+        for far,dots in [(1, every), (2, every), (3.5, every), (1, every[:len(names)]), (2, every[:len(names)])]:
             for dx,dy in _PLACES:
                 t = ax.annotate(name, at, (pt(7)*far*dx, pt(7)*far*dy), textcoords='offset points', fontsize=pt(8),
                                 ha={1: 'left', -1: 'right'}.get(dx, 'center'),
-                                va={1: 'bottom', -1: 'top'}.get(dy, 'center'))
-                b = t.get_window_extent()
+                                va={1: 'bottom', -1: 'top'}.get(dy, 'center'),
+                                arrowprops=dict(arrowstyle='-', lw=.5, color='#888888') if far > 1 else None)
+                b = _box(t)
                 inside = frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1
                 free = not any(_touch(b, o) for o in taken) and not any(
                     b.x0-2*px < u < b.x1+2*px and b.y0-2*px < v < b.y1+2*px for u,v in dots)

@@ -96,7 +96,9 @@ def plot_size(
     metric = str(table.get('metric', pd.Series(['performance'])).iloc[0]).replace('auroc', 'AUROC')
     ax.set_ylabel(fold(ax, ylabel or metric, .7))
     ax.grid(axis='y'); legend_above(ax, 2 if not is_half() else 1)
-    return name_points(ax, [*x, *x], [*table.private, *table.public], [*map(str, table.point), *['']*len(x)])
+    ends = [(min(r.private, r.public-r.hi), max(r.private, r.public, r.public-r.lo)) for r in table.itertuples()]
+    bars = np.concatenate([np.linspace(*e, 25) for e in ends])    # names keep clear of bars and whiskers
+    return name_points(ax, [*x, *np.repeat(x, 25)], [*table.private, *bars], list(map(str, table.point)))
 
 def _plain_ticks(ax, x):
     "Round numbers on a logarithmic axis: at most five within the points"
@@ -116,7 +118,8 @@ def plot_calibration(
     "Draw the observed share against the mean score, bin by bin"
     curve = 'curve' if 'curve' in table else 'label'
     need_columns(table, (curve, 'score', 'observed', 'lo', 'hi'), 'the calibration table')
-    ax = new_axes(ax, 4.6, 4.9, shrink=.58)
+    lines = -(-table[curve].nunique()//(1 if is_half() else 2))    # of the legend
+    ax = new_axes(ax, 4.6, 4.7+.3*lines, shrink=.58)
     ax.plot([0, 1], [0, 1], color='#666666', lw=1, ls=(0, (4, 3)), zorder=1)
     for i,(name,rows) in enumerate(table.groupby(curve, sort=False)):
         k, rows = look(name, i), rows.sort_values('score')

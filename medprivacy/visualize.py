@@ -205,7 +205,8 @@ def plot_roc(
         raise DataError('several models and labels: choose one label, or draw `plot_panels(plot_roc, curves, points)`')
     points = None if points is not None and not len(points) else points    # no threshold: one class in validation
     if points is not None: need_columns(points, ('curve', 'fpr', 'tpr'), 'the table of working points')
-    ax = new_axes(ax, 4.6, 4.9, shrink=.58)
+    lines = -(-curves.curve.nunique()//(1 if is_half() else 2))    # of the legend
+    ax = new_axes(ax, 4.6, 4.7+.3*lines, shrink=.58)
     ax.plot([0, 1], [0, 1], color='#666666', lw=1, ls=(0, (4, 3)))
     for i,(name,rows) in enumerate(curves.groupby('curve', sort=False)):
         k = look(name, i)

@@ -126,7 +126,8 @@ def seen(axes):
     fig, hidden = axes[0].figure, {id(l) for a in axes for axis in (a.xaxis, a.yaxis) for l in out(axis)}
     found = [t for t in fig.findobj(plt.Text) if t.get_visible() and t.get_text().strip() and id(t) not in hidden]
     pen   = FigureCanvasAgg(fig).get_renderer()
-    boxes = [(t.get_text(), t.get_window_extent(pen)) for t in found]
+    for t in found: t.get_window_extent(pen)
+    boxes = [(t.get_text(), plt.Text.get_window_extent(t, pen)) for t in found]    # without lines that lead to a point
     return [(t, b) for t,b in boxes if b.width > 0]
 
 def test_returns_axes(axes): assert all(isinstance(a, Axes) for a in axes)
@@ -147,6 +148,12 @@ def test_no_text_overlaps_or_leaves_the_figure(axes):
     for (s,a),(t,b) in itertools.combinations(found, 2):
         wide, high = min(a.x1, b.x1)-max(a.x0, b.x0), min(a.y1, b.y1)-max(a.y0, b.y0)
         assert wide <= 1 or high <= 1, f'{s!r} lies on {t!r}'
+
+def test_no_point_loses_its_name():
+    for by in ('label', 'age_band'):
+        for size in (contextlib.nullcontext, half_width):
+            with size(): ax = plot_size(losses(by))
+            assert {t.get_text() for t in ax.texts} == set(losses(by).point)
 
 def test_conditions_differ_without_colour():
     bars = plot_utility_bars(utility()).patches
