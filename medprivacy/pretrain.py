@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'METHODS', 'EachImage', 'expert_views', 'ProjectionHead', 'head_name', 'create_encoder', 'pretrain_dls',
-           'ViewsEncoder', 'PretrainLoss', 'knn_scores', 'knn_accuracy', 'KNNMetric', 'AdversaryCallback',
-           'pretrain_learner', 'Pretrained', 'load_pretrained', 'pretrain']
+           'ViewsEncoder', 'PretrainLoss', 'AdversaryCallback', 'pretrain_learner', 'Pretrained', 'load_pretrained',
+           'pretrain']
 
-# %% ../nbs/32_pretrain.ipynb #8b236b2f
+# %% ../nbs/32_pretrain.ipynb #6e29de64
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,6 @@ from fastai.callback.progress import ProgressCallback    # importing it gives `L
 from fastai.callback.schedule import ParamScheduler      # and this its fit_one_cycle
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.metrics import AccumMetric
 from fastai.optimizer import Adam
 from safetensors.torch import load_file, save
 from torch import nn
@@ -34,10 +33,10 @@ from .models.resnet import SmallResNet, create_classifier
 from .models.viewmaker import Viewmaker
 from .objectives.adversarial import AdversarialNCELoss, AdversarialSimCLRLoss
 from .objectives.contrast import MemoryBank
-from .probe import mean_auroc
+from .neighbours import KNNMetric
 from .train import check_precision, checkpoint_cbs, in_precision
 
-# %% ../nbs/32_pretrain.ipynb #0569df61
+# %% ../nbs/32_pretrain.ipynb #bcf509c3
 class EachImage(nn.Module):
     "Apply a random transform to each image of a batch, with a draw of its own"
     def __init__(self,
@@ -47,7 +46,8 @@ class EachImage(nn.Module):
         self.tfm = tfm
 
     def forward(self, x):
-        return torch.stack([self.tfm(o) for o in x]).clamp(0, 1) if len(x) else x      # a blur may round to just above 1
+        if not len(x): return x
+        return torch.stack([self.tfm(o) for o in x]).clamp(0, 1)    # a blur may round to just above 1
 
 def expert_views(
     size:int|tuple,           # Side, or (height, width), of the views in pixels
@@ -71,7 +71,7 @@ def expert_views(
     if flip: tfms.append(v2.RandomHorizontalFlip())
     return EachImage(v2.Compose(tfms))
 
-# %% ../nbs/32_pretrain.ipynb #1e59ca8a
+# %% ../nbs/32_pretrain.ipynb #adc14ddf
 class ProjectionHead(nn.Sequential):
     "Linear-ReLU-Linear, from features to embedding"
     def __init__(self,
@@ -88,7 +88,8 @@ def head_name(
         if isinstance(m, ProjectionHead): return name
     if isinstance(model, SmallResNet): return 'fc'
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not names or not names[-1]: raise ConfigError(f'{type(model).__name__} has no linear head; use a network that ends in one')
+    if not names or not names[-1]:
+        raise ConfigError(f'{type(model).__name__} has no linear head; use a network that ends in one')
     return names[-1]
 
 def create_encoder(
@@ -106,7 +107,7 @@ def create_encoder(
     setattr(model.get_submodule(parent), leaf, ProjectionHead(old.in_features, hidden, dim))
     return model
 
-# %% ../nbs/32_pretrain.ipynb #d23a0d80
+# %% ../nbs/32_pretrain.ipynb #e8fe0a96
 def pretrain_dls(
     records:Records,      # With a split; the caller chooses the part
     size:int|tuple=64,    # Side, or (height, width), in pixels
@@ -115,7 +116,8 @@ def pretrain_dls(
 ) -> DataLoaders:         # Batches (x, row, labels)
     "Loaders of all images, labelled or not, with the number of each row"
     if '_all' in records.df: raise ConfigError(f"{records.name}: rename the column '_all', the name is used here")
-    every = replace(records, df=records.df.assign(_all=0.), labels=(*records.labels, '_all'))     # so that no row is dropped
+    # a column without gaps, so that no row is dropped
+    every = replace(records, df=records.df.assign(_all=0.), labels=(*records.labels, '_all'))
     dls   = records_dls(every, [*every.labels], size, bs, **kwargs)
     for dl in dls.loaders:
         ds = dl.dataset
@@ -123,7 +125,7 @@ def pretrain_dls(
         ds.ys = (torch.arange(len(ds)), ds.ys[0][:, :-1])
     return dls
 
-# %% ../nbs/32_pretrain.ipynb #b95fa316
+# %% ../nbs/32_pretrain.ipynb #c0d40335
 class ViewsEncoder(nn.Module):
     "Views of images and their embeddings"
     def __init__(self,
@@ -163,61 +165,7 @@ class PretrainLoss(nn.Module):
         if len(z) == n: return self.sides(z, rows)[0]
         return z[0].new_tensor(float('nan')) if self.nce else self.loss(*z[:n])[0]
 
-# %% ../nbs/32_pretrain.ipynb #abc13bc0
-def knn_scores(
-    bank:torch.Tensor,       # (N,D) unit vectors of the training images
-    y:torch.Tensor,          # (N,L) 0/1/NaN, or (N,1) classes
-    z:torch.Tensor,          # (n,D) embeddings, any length
-    k:int=10,                # Neighbours
-    *,
-    n_classes:int=None,      # For classes: how many; None: findings
-    bs:int=512,              # Rows of z at a time
-) -> torch.Tensor:           # (n,L) or (n,n_classes): share of votes; NaN where no label is known
-    "Let the nearest rows of the bank vote, by cosine"
-    if k < 1: raise ConfigError(f'k must be at least 1, got {k}')
-    y = y.to(bank.device, bank.dtype)
-    if n_classes: y = torch.where(y.isnan(), y, (y == torch.arange(n_classes, device=y.device)).to(y.dtype))
-    z, out = nn.functional.normalize(z.to(bank), dim=1), []
-    for part in z.split(bs):
-        s, cols = part @ bank.T, []
-        for col in y[:, :1].T if n_classes else y.T:           # all classes are known for the same rows
-            known = col.isfinite().nonzero()[:, 0]
-            near  = known[s[:, known].topk(min(k, len(known)), 1).indices]
-            cols.append(y[near].mean(1) if n_classes else col[near].mean(1, keepdim=True))
-        out.append(torch.cat(cols, 1))
-    return torch.cat(out) if out else z.new_zeros(0, n_classes or y.shape[1])
-
-def knn_accuracy(
-    score:torch.Tensor,    # Votes of `knn_scores`
-    y:torch.Tensor,        # (n,L) 0/1/NaN, or (n,1) classes
-    classes:bool=False,    # Classes, not findings
-) -> float:                # Share of right answers among the known, all findings together
-    "Count right answers"
-    right = (score.argmax(1, keepdim=True) == y) if classes else ((score > .5) == (y > .5))
-    known = ~y.isnan()
-    return float(right[known].float().mean()) if known.any() else np.nan
-
-# %% ../nbs/32_pretrain.ipynb #7e63665c
-class KNNMetric(AccumMetric):
-    "Accuracy, or AUROC, of the bank's nearest neighbours on validation images"
-    def __init__(self,
-        bank:MemoryBank,             # Rows of the training images
-        y:torch.Tensor,              # Their labels (N,L), or classes (N,1)
-        k:int=10,                    # Neighbours
-        classes:bool=False,          # Classes, not findings
-        kind:str='accuracy',         # or 'auroc'
-    ):
-        super().__init__(self.judge, flatten=False, name=f'knn_{kind}')
-        if kind not in ('accuracy', 'auroc'): raise ConfigError(f"kind must be 'accuracy' or 'auroc', got {kind!r}")
-        self.bank, self.y, self.k, self.kind = bank, y, k, kind
-        self.n_classes = int(np.nanmax(y)) + 1 if classes else None
-    def accumulate(self, learn): self.accum_values(learn.pred[-1].float(), learn.yb[1], learn)
-    def judge(self, z, y):
-        s = knn_scores(self.bank.rows.float(), self.y, z, self.k, n_classes=self.n_classes).cpu()
-        if self.kind == 'accuracy': return knn_accuracy(s, y.cpu(), self.n_classes is not None)
-        return mean_auroc(s, y.cpu(), 'class' if self.n_classes else 'binary')
-
-# %% ../nbs/32_pretrain.ipynb #ade3396d
+# %% ../nbs/32_pretrain.ipynb #24da4075
 UPDATES = ('alternating', 'simultaneous')
 
 @contextmanager
@@ -243,7 +191,7 @@ class AdversaryCallback(Callback):
         self.update = update
     def before_fit(self):
         if any(cb.name == 'mixed_precision' for cb in self.learn.cbs):
-            raise ConfigError("fastai's MixedPrecision scales one loss, and here are two; use in_precision('bf16', model)")
+            raise ConfigError("fastai's MixedPrecision scales one loss, and here are two; use in_precision('bf16', …)")
     def after_backward(self):
         w = self.loss_func.loss.weight
         for p in self.model.maker.parameters():
@@ -256,7 +204,7 @@ class AdversaryCallback(Callback):
             self.loss_func.sides(self.model(*self.xb), self.yb[0])[1].backward()
             self.opt.step()
 
-# %% ../nbs/32_pretrain.ipynb #7046cd2a
+# %% ../nbs/32_pretrain.ipynb #55246255
 METHODS = ('simclr', 'nce')
 
 def pretrain_learner(
@@ -280,22 +228,24 @@ def pretrain_learner(
     turns = [AdversaryCallback(update)] if any(p.requires_grad for p in maker.parameters()) else []
     ds, dim = dls.train.dataset, encoder.get_submodule(head_name(encoder))[-1].out_features
     bank  = MemoryBank(len(ds), dim)
-    loss  = AdversarialSimCLRLoss(t, weight, push_only) if method == 'simclr' else AdversarialNCELoss(bank, k, t, m, weight)
+    loss, n_views = (AdversarialNCELoss(bank, k, t, m, weight), 1) if method == 'nce' else (
+        AdversarialSimCLRLoss(t, weight, push_only), 2)
     votes = [KNNMetric(bank, ds.ys[1], neighbours, ds.records.task == 'multiclass', o) for o in ('accuracy', 'auroc')]
     def split(model): return [list(model.encoder.parameters()), *([list(model.maker.parameters())] if turns else [])]
-    return Learner(dls, ViewsEncoder(encoder, maker, 2 if method == 'simclr' else 1), loss_func=PretrainLoss(loss, bank, m),
-                   splitter=split, metrics=votes, cbs=[*turns, *(cbs or [])], **{'opt_func': Adam, 'wd': 1e-4, **kwargs})
+    kwargs = {'opt_func': Adam, 'wd': 1e-4, **kwargs}
+    return Learner(dls, ViewsEncoder(encoder, maker, n_views), loss_func=PretrainLoss(loss, bank, m), splitter=split,
+                   metrics=votes, cbs=[*turns, *(cbs or [])], **kwargs)
 
-# %% ../nbs/32_pretrain.ipynb #ea3b0fb3
+# %% ../nbs/32_pretrain.ipynb #fd360102
 @dataclass(frozen=True)
 class Pretrained:
     "A pretrained encoder, and how it was made"
     encoder: nn.Module                         # With its projection head
     maker: nn.Module = field(repr=False)       # Viewmaker, or expert views
     config: dict                               # Settings
-    history: pd.DataFrame = field(default=None, repr=False)        # Learning curve
-    bank: MemoryBank = field(default=None, repr=False)             # Embeddings of training images: private, never stored
-    patients: frozenset = field(default=frozenset(), repr=False)   # Training patients, never stored
+    history: pd.DataFrame = field(default=None, repr=False)       # Learning curve
+    bank: MemoryBank = field(default=None, repr=False)            # Embeddings of training images, never stored
+    patients: frozenset = field(default=frozenset(), repr=False)  # Training patients, never stored
 
     def save(self, folder):
         "Write `encoder.safetensors`, `maker.safetensors` (of a viewmaker) and `pretrained.json`: no bank, no patient"
@@ -321,10 +271,11 @@ def load_pretrained(
         for name, m in parts.items():
             if m.state_dict(): m.load_state_dict(load_file(Path(folder)/f'{name}.safetensors'), strict=True)
     except Exception as e:
-        raise CheckpointError(f'{folder} is no readable pretrained encoder ({type(e).__name__}: {e}); save it again') from e
+        raise CheckpointError(f'{folder} is no readable pretrained encoder ({type(e).__name__}: {e}); '
+                              'save it again') from e
     return Pretrained(parts['encoder'].eval(), parts['maker'].eval(), c)
 
-# %% ../nbs/32_pretrain.ipynb #f2f9b81e
+# %% ../nbs/32_pretrain.ipynb #f4f25c12
 def pretrain(
     records:Records,              # With a split; the caller chooses the part. Only training images teach
     method:str='simclr',          # or 'nce'
@@ -367,10 +318,12 @@ def pretrain(
         if not progress: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
         learn.fit_one_cycle(epochs, rates)
     rec  = learn.recorder
-    hist = pd.DataFrame([list(map(float, v)) for v in rec.values], columns=list(rec.metric_names)[1:1+len(rec.values[0])])
-    config = dict(method=method, views=views, view_args=view_args, update=update if maker.state_dict() else None, arch=arch,
-                  dim=dim, hidden=hidden, channels=c, size=size, bs=bs, epochs=epochs, lr=lr, maker_lr=maker_lr, seed=seed,
-                  precision=precision, data=records.name, n_images=len(dls.train.dataset),
-                  n_patients=len(set(dls.train_patients)), **{k: v for k, v in kwargs.items() if isinstance(v, (int, float, str))})
+    cols = list(rec.metric_names)[1:1+len(rec.values[0])]
+    hist = pd.DataFrame([list(map(float, v)) for v in rec.values], columns=cols)
+    more = {k: v for k, v in kwargs.items() if isinstance(v, (int, float, str))}
+    config = dict(method=method, views=views, view_args=view_args, update=update if maker.state_dict() else None,
+                  arch=arch, dim=dim, hidden=hidden, channels=c, size=size, bs=bs, epochs=epochs, lr=lr, seed=seed,
+                  maker_lr=maker_lr, precision=precision, data=records.name, n_images=len(dls.train.dataset),
+                  n_patients=len(set(dls.train_patients)), **more)
     return Pretrained(encoder.eval().cpu(), maker.eval().cpu(), config, hist.assign(epoch=range(len(hist))),
                       learn.loss_func.bank.cpu(), frozenset(dls.train_patients))
