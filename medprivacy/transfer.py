@@ -6,7 +6,7 @@
 __all__ = ['FEATURES', 'FrozenEncoder', 'Features', 'frozen_features', 'ConfusionCallback', 'Transfer', 'linear_probe',
            'random_erasing', 'train_downstream']
 
-# %% ../nbs/33_transfer.ipynb #35c1b9cf
+# %% ../nbs/33_transfer.ipynb #bf10e948
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,7 +33,7 @@ from .models.resnet import SmallResNet
 from .pretrain import EachImage, head_name
 from .probe import KeepBestCallback, learning_curve, probe_learner, train_probe
 
-# %% ../nbs/33_transfer.ipynb #f2bb5a9f
+# %% ../nbs/33_transfer.ipynb #23248d2a
 FEATURES = ('pooled', 'map')
 
 def _pool_name(model):
@@ -68,7 +68,7 @@ class FrozenEncoder(nn.Module):
         finally: hook.remove()
         return seen[0].flatten(1)
 
-# %% ../nbs/33_transfer.ipynb #9499f70c
+# %% ../nbs/33_transfer.ipynb #df6e720a
 @dataclass(frozen=True)
 class Features:
     "Features and targets of one split"
@@ -94,7 +94,7 @@ def frozen_features(
     standardise:bool=True,       # With mean and deviation of the training images
 ) -> dict:                       # split → `Features`
     "Embed every image once"
-    if target == 'age': raise ConfigError("the linear evaluation is for findings, classes, 'sex' and 'age>median', not for 'age'")
+    if target == 'age': raise ConfigError("linear evaluation reads findings, classes, 'sex', 'age>median', not 'age'")
     net = FrozenEncoder(encoder, where)
     dls = records_dls(records, target, size, mechanism=mechanism, draws=1, device=device)
     out = {s: _embed(dl, net.to(dls.device)) for s, dl in zip(('train', 'valid', 'test'), dls.loaders)}
@@ -102,7 +102,7 @@ def frozen_features(
     scale = StandardScaler().fit(out['train'].x)
     return {s: replace(f, x=scale.transform(f.x)) if len(f.x) else f for s, f in out.items()}
 
-# %% ../nbs/33_transfer.ipynb #8f9b6cf6
+# %% ../nbs/33_transfer.ipynb #d6f35381
 class ConfusionCallback(Callback):
     "Confusion matrix and macro-F1 of the validation images after each epoch, for classes"
     run_train = False
@@ -112,7 +112,8 @@ class ConfusionCallback(Callback):
     def before_fit(self): self.matrices, self.macro_f1 = [], []
     def before_validate(self): self.seen = []
     def after_pred(self):
-        if not self.training: self.seen.append((self.y.detach().float().view(-1).cpu(), self.pred.detach().argmax(1).cpu()))
+        if self.training: return
+        self.seen.append((self.y.detach().float().view(-1).cpu(), self.pred.detach().argmax(1).cpu()))
     def after_validate(self):
         y, p  = (torch.cat(o).numpy() for o in zip(*self.seen))
         known = y >= 0                                      # False for NaN too
@@ -121,21 +122,24 @@ class ConfusionCallback(Callback):
         self.macro_f1.append(float(f1_score(y, p, average='macro')))
         self.seen = []
 
-def _n_classes(records): return int(np.nanmax(records.df[records.labels[0]])) + 1     # of all splits: one may lack a class
+def _n_classes(records):
+    "Of all splits: one may lack a class"
+    return int(np.nanmax(records.df[records.labels[0]])) + 1
 
-# %% ../nbs/33_transfer.ipynb #4ffa01e7
+# %% ../nbs/33_transfer.ipynb #ff99ce0b
 @dataclass(frozen=True)
 class Transfer:
     "What a linear model or a fresh network scored"
-    preds: Predictions                                       # Of validation and test patients; learning curve in `history`
-    confusion: np.ndarray = None                             # (epochs, classes, classes), rows: truth; for classes with epochs
-    model: object = field(default=None, repr=False)          # The head, the fitted models, or the network
+    preds: Predictions                                 # Of validation and test patients, and the learning curve
+    confusion: np.ndarray = None                       # (epochs, classes, classes), rows: truth; for classes only
+    model: object = field(default=None, repr=False)    # The head, the fitted models, or the network
 
 def _logistic(x, y, names, C, n_classes):
     "Fitted models and a function x → scores"
     def one(col, name):
         known = ~np.isnan(col)
-        if len(np.unique(col[known])) < 2: raise DataError(f'{name}: the training images hold one class only; choose other labels')
+        if len(np.unique(col[known])) < 2:
+            raise DataError(f'{name}: the training images hold one class only; choose other labels')
         return LogisticRegression(C=C, max_iter=5000, tol=1e-6).fit(x[known], col[known].astype(int))
     models = [one(y[:, j], n) for j, n in enumerate(names)]
     if n_classes is None: return models, lambda x: np.stack([m.predict_proba(x)[:, 1] for m in models], 1)
@@ -149,7 +153,8 @@ def _head(feats, kind, n_out, C, epochs, lr, bs, cbs):
     "Trained learner of a linear layer"
     known = np.isfinite(feats['train'].y).sum()
     if not known: raise DataError('no training image has a label')
-    data = {s: TensorDataset(*(torch.from_numpy(np.asarray(v, np.float32)) for v in (feats[s].x, feats[s].y))) for s in ('train', 'valid')}
+    def tensors(f): return TensorDataset(*(torch.from_numpy(np.asarray(v, np.float32)) for v in (f.x, f.y)))
+    data = {s: tensors(feats[s]) for s in ('train', 'valid')}
     bs   = min(bs or len(data['train']), len(data['train']))
     dls  = DataLoaders(DataLoader(data['train'], bs=bs, shuffle=True, drop_last=True, num_workers=0),
                        DataLoader(data['valid'], bs=1024, num_workers=0))
@@ -159,7 +164,7 @@ def _head(feats, kind, n_out, C, epochs, lr, bs, cbs):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return learn
 
-# %% ../nbs/33_transfer.ipynb #9e136518
+# %% ../nbs/33_transfer.ipynb #afe577c5
 def linear_probe(
     records:Records,             # With a split; the caller chooses the part
     encoder:nn.Module,           # A classifier or an encoder; stays as it is
@@ -203,7 +208,7 @@ def _with_confusion(hist, watch):
     if not watch: return hist, None
     return hist.assign(macro_f1=watch[0].macro_f1), np.array(watch[0].matrices)
 
-# %% ../nbs/33_transfer.ipynb #46f21269
+# %% ../nbs/33_transfer.ipynb #c4e1bc2a
 def random_erasing(
     p:float=.5,                  # Probability that an image loses a patch
     *,
@@ -235,7 +240,8 @@ def train_downstream(
     "Train a fresh network on original or released images"
     tfms = random_erasing(erase) if erase else None
     seed_everything(seed)
-    dls  = records_dls(records, target, size, bs, batch_tfms=tfms, mechanism=mechanism, draws=draws, device=device, median=median)
+    dls  = records_dls(records, target, size, bs, batch_tfms=tfms, mechanism=mechanism, draws=draws, device=device,
+                       median=median)
     many = records.task == 'multiclass' and target in ('labels', *records.labels)
     watch = [ConfusionCallback(_n_classes(records))] if many else []
     probe = train_probe(records, target, arch, size=size, bs=bs, seed=seed, device=device, median=median, dls=dls,

@@ -181,18 +181,13 @@ def macro(a, b):
 
 @pytest.mark.slow
 def test_pretraining_beats_random_features():
-    "The table of notebook 33: linear probes on pretrained features against random ones, on patients that neither saw"
-    recs = tiny_records(n=400, size=32, fracs=(.5, .1, .4))
+    """The table of notebook 33: a linear probe on pretrained features against probes on three random networks.
+    The settings were found on the phantoms of seed 0; these are others, and the test patients taught no encoder and no probe"""
+    recs = tiny_records(n=400, size=32, seed=1, fracs=(.5, .1, .4))
     def probe(enc): return linear_probe(recs, enc, size=32, C=.01, device='cpu').preds
     def untrained(seed): torch.manual_seed(seed); return probe(create_encoder('small_resnet', 64, 1))
-    rand, again = untrained(0), untrained(1)
-    rows, kw = {}, dict(size=32, bs=64, dim=64, epochs=40, lr=3e-3, t=.2, device='cpu')
-    for name, p in {'SimCLR, expert views': pretrain(recs, 'simclr', 'expert', **kw),
-                    'NCE, expert views': pretrain(recs, 'nce', 'expert', k=256, **kw)}.items():
-        rows[name] = macro(probe(p.encoder), rand)
-    rows['other random features'] = macro(again, rand)
-    table = pd.DataFrame(rows).T[['a', 'b', 'difference', 'lo', 'hi', 'p', 'n', 'unit']]
-    print(table.to_string())
-    assert (table.unit == 'patient').all()
-    assert (table.lo[:2].astype(float) > 0).all()
-    assert float(table.lo.iloc[2]) < 0 < float(table.hi.iloc[2]) or abs(float(table.difference.iloc[2])) < .03
+    done  = probe(pretrain(recs, 'simclr', 'expert', size=32, bs=64, dim=64, epochs=80, lr=3e-3, t=.2, device='cpu').encoder)
+    table = pd.DataFrame([macro(done, untrained(s)) for s in range(3)])[['a', 'b', 'difference', 'lo', 'hi', 'n', 'unit']]
+    print(table.round(3).to_string())
+    assert (table.unit == 'patient').all() and (table.n == 160).all()
+    assert (table.lo > 0).all()
