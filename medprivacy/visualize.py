@@ -210,7 +210,7 @@ def plot_roc(
     ax.plot([0, 1], [0, 1], color='#666666', lw=1, ls=(0, (4, 3)))
     for i,(name,rows) in enumerate(curves.groupby('curve', sort=False)):
         k = look(name, i)
-        ax.plot(rows.fpr, rows.tpr, ls=k.line, color=k.colour, label=name)
+        ax.plot(rows.fpr, rows.tpr, ls=k.line, color=k.colour, marker=k.marker, markevery=[], label=name)
         if points is None: continue
         here = points[points.curve == name]
         ax.plot(here.fpr, here.tpr, k.marker, color=k.colour, mec='white', ms=pt(9), zorder=3)
@@ -248,7 +248,7 @@ def plot_panels(
 _BAND = dict(zip(AGE_BANDS, ['under 30', '30–59', '60–69', '70–79', '80 or more']))
 _SEX  = {'F': Look('#E69F00', hatch='///'), 'M': Look('#0072B2'), 'unknown': Look('#999999', hatch='...')}
 
-def _stack(ax, people, sexes, bands):
+def _stack(ax, people, sexes, bands, what='patients'):
     "Patients of one split: a bar for each age band, stacked by sex"
     n, end = people.n_patients.sum(), np.zeros(len(bands))
     for name in sexes:
@@ -260,8 +260,8 @@ def _stack(ax, people, sexes, bands):
     for i,b in enumerate(bands):
         ax.text(end[i]+1, i, f'{people.n_patients[people.age_band == b].sum():.0f}', va='center', fontsize=pt(8))
     split = {'none': 'no split'}.get(people.split.iloc[0], people.split.iloc[0])
-    ax.set_title(f'{split}:{chr(10) if is_half() else " "}{n:.0f} patients')
-    ax.set_xlabel('% of patients' if is_half() else '% of these patients')
+    ax.set_title(f'{split}:{chr(10) if is_half() else " "}{n:.0f} {what}')
+    ax.set_xlabel(f'% of {what}' if is_half() else f'% of these {what}')
     ax.tick_params(axis='y', length=0); ax.grid(axis='x'); ax.margins(x=.16)
 
 @styled
@@ -271,12 +271,14 @@ def plot_demographics(
     "Draw who is in each split: its patients by age band and sex, as shares, with the counts beside the bars"
     table = records if isinstance(records, pd.DataFrame) and 'n_patients' in records else count_people(records)
     need_columns(table, ('split', 'sex', 'age_band', 'n_patients'), 'the table of people')
+    what  = 'images' if table.n_patients.isna().all() else 'patients'      # a set that names no patients
+    if what == 'images': table = table.assign(n_patients=table.n_images)
     splits, sexes, bands = ([*[v for v in first if v in set(table[c])], *sorted(set(table[c])-{*first, 'unknown'}),
                              *['unknown']*('unknown' in set(table[c]))]
                             for c,first in (('split', SPLITS), ('sex', ('F', 'M')), ('age_band', AGE_BANDS)))
     axs = new_axes(None, max(4.2, 1+2.1*len(splits)), 1.3+.27*len(bands), ncols=len(splits), sharex=True, sharey=True,
                 squeeze=False)[0]
-    for ax,s in zip(axs, splits): _stack(ax, table[table.split == s], sexes, bands)
+    for ax,s in zip(axs, splits): _stack(ax, table[table.split == s], sexes, bands, what)
     axs[0].set_yticks(range(len(bands)), [_BAND.get(b, b) for b in bands]); axs[0].invert_yaxis()
     axs[0].set_ylabel('age (years)')
     axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc='outside upper left', ncols=3)
