@@ -51,15 +51,15 @@ class Assessment:
 
 def _known(df): return [c for c,own in (('sex', 'sex'), ('age_band', 'age')) if df[own].notna().any()]
 
-def _samples(df):
+def _samples(df, unit):
     "The images on which models were judged; models judged on equally many stand together"
-    size, out = {m: _sizes(g) for m,g in df.groupby('model', sort=False)}, {}
+    size, out = {m: _sizes(g, unit) for m,g in df.groupby('model', sort=False)}, {}
     for m,s in size.items(): out.setdefault(tuple(s.values()), dict(conditions=[], **s))['conditions'].append(m)
     return list(out.values())
 
-def _sizes(df):
+def _sizes(df, unit):
     df = df.drop_duplicates('image_id')
-    return dict(images=len(df), patients=int(df.patient_id.nunique()))
+    return dict(images=len(df), patients=int(df.patient_id.nunique()) if unit == 'patient' else None)
 
 def _notes(preds, split):
     in_ = {s: set(preds.df.patient_id[preds.df.split == s]) for s in ('valid', split)}
@@ -75,7 +75,8 @@ def _compared(preds, pairs, kw):
     for m,base in pairs:
         t = paired_metrics(preds, preds, PAIRED, model_a=m, model_b=base, **kw)
         rows.append(t.assign(model=m, against=base))
-        told.append(dict(a=m, b=base, **_sizes(preds.df[(preds.df.model == m) & (preds.df.split == kw['split'])])))
+        told.append(dict(a=m, b=base, **_sizes(preds.df[(preds.df.model == m) & (preds.df.split == kw['split'])],
+                                               kw['unit'])))
     keep = ['model', 'against', 'metric', 'label', 'a', 'b', 'difference', 'lo', 'hi', 'p', 'p_holm', 'n', 'unit',
             'note']
     return (pd.concat(rows, ignore_index=True)[keep] if rows else None), told
@@ -111,7 +112,7 @@ def assess(
     rule = str(chosen.rule.iloc[0]) if 'rule' in chosen else 'given'
     on   = dict(valid='validation').get(chosen['split'].iloc[0],
                                         chosen['split'].iloc[0]) if 'split' in chosen else 'none'
-    done = dict(samples=_samples(preds.df[preds.df.split == split]), rule=rule, chosen_on=on,
+    done = dict(samples=_samples(preds.df[preds.df.split == split], unit), rule=rule, chosen_on=on,
                 given=threshold if isinstance(threshold, float) else None,
                 level=.95, interval='percentile', n_boot=n_boot, unit=unit)
     record = dict(evaluate=done) | (dict(against=dict(pairs=told, holm=len(preds.labels) > 1, metrics=list(PAIRED)))

@@ -20,7 +20,8 @@ from .data.core import Predictions, load_predictions
 from .obfuscate import Obfuscator
 from .report import report
 from .settings import check_epsilons, check_settings, read_options
-from .study import (attack_stage, check_data, demo_stages, headline, obfuscate_stage, picture_stage,
+from .study import (attack_stage, check_data, check_unit, demo_stages, headline, obfuscate_stage,
+                              picture_stage,
                               study_records,
                               train_stage, utility_stage)
 
@@ -235,8 +236,10 @@ def medprivacy_train(
     kw = dict(arch=arch, size=size, bs=bs, private_bs=private_bs, epochs=epochs, private_epochs=private_epochs, lr=lr,
               max_grad_norm=max_grad_norm,
               delta=delta, unit=unit, seed=seed, device=device)
+    recs = study_records(run)
+    check_unit(recs, unit)
     add_config(run, 'train', dict(kw, epsilon=list(eps)))
-    use = train_stage(run, study_records(run), eps, **kw, n_boot=n_boot, progress=sys.stdout.isatty())
+    use = train_stage(run, recs, eps, **kw, n_boot=n_boot, progress=sys.stdout.isatty())
     _show(use.loc[use.label == 'macro', ['condition', 'auroc', 'auroc_lo', 'auroc_hi', 'n', 'n_patients']].round(3))
 
 # %% ../nbs/70_cli.ipynb #e4b77dae

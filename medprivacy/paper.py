@@ -77,6 +77,9 @@ def save_table(
 
 # %% ../nbs/61c_paper.ipynb #003db8d0
 def _n(k, one, many=None): return f'{k:,} {one if k == 1 else many or one + "s"}'.replace(',', '\u202f')
+def _who(v):
+    "The sample of a sentence: patients are named where they are known"
+    return _n(v['images'], 'image') + (f" of {_n(v['patients'], 'patient')}" if v.get('patients') else '')
 def _join(items): return ' and '.join([', '.join(items[:-1]), items[-1]]) if len(items) > 1 else ''.join(items)
 
 def _data_said(r):
@@ -85,19 +88,24 @@ def _data_said(r):
         said = f"We judged the predictions in {_join(r['predictions'])}, with {labels}"
         return f'{said}; how they were made is not known here.'
     what = f"phantom images drawn by the software ({r['name']})" if r.get('phantom') else f"the {r['name']} images"
-    who  = f" of {_n(r['patients'], 'patient')}" if r.get('patients') else ' (patients unknown)'
-    return f"We used {what}: {_n(r['images'], 'image')}{who}, with {labels}."
+    who  = '' if r.get('patients') else ' (patients unknown)'
+    return f"We used {what}: {_who(r)}{who}, with {labels}."
 
 def _split_said(r):
-    parts = [f"{s} {_n(v['patients'], 'patient')} ({_n(v['images'], 'image')})" for s,v in r['sizes'].items()]
-    how = 'The official split was kept' if r.get('official') else 'Patients were split at random, never images'
-    attack = (f" Within each split, attackers and the classifiers of obfuscated images had patients of their own "
+    parts = [f"{s} {_who(v)}" for s,v in r['sizes'].items()]
+    known = all(v.get('patients') for v in r['sizes'].values())
+    own   = 'patients' if known else 'images'
+    how   = 'The official split was kept' if r.get('official') else ('Patients were split at random, never images'
+                                                                     if known
+                                                                   else 'Images were split at random, for want of '
+                                                                        'patient numbers')
+    attack = (f" Within each split, attackers and the classifiers of obfuscated images had {own} of their own "
               f"({r['attack']:.0%})." if r.get('attack') else '')
     return f"{how} (seed {r['seed']}): {_join(parts)}.{attack}"
 
 def _obfuscate_said(r):
     return (f"An obfuscator ({r['maker']}) was trained against {_n(r['attackers'], 'attacker')} of {r['attribute']} on "
-            f"{_n(r['images'], 'image')} of {_n(r['patients'], 'patient')} for {_n(r['epochs'], 'epoch')} "
+            f"{_who(r)} for {_n(r['epochs'], 'epoch')} "
             f"(attack term {r['attack']}, seed {r['seed']}).")
 
 # %% ../nbs/61c_paper.ipynb #7f272ca1
@@ -108,8 +116,9 @@ def _boot_said(r, of='of each estimate'):
 def _attack_said(r):
     return (f"Fresh attackers of {r['attribute']} ({_join(r['archs'])}), trained for at most "
             f"{_n(r['epochs'], 'epoch')} on "
-            f"images of patients that the obfuscator had not seen, were tested on {_n(r['images'], 'image')} of "
-            f"{_n(r['patients'], 'patient')} under the conditions {_join(r['conditions'])}; "
+            f"images{' of patients' if r.get('patients') else ''} that the obfuscator had not seen, were tested on "
+            f"{_who(r)} "
+            f"under the conditions {_join(r['conditions'])}; "
             f"leakage is max(AUROC, 1 − AUROC), "
             f"and the strongest attacker was chosen inside every resample. {_boot_said(r, 'of leakage')}")
 
@@ -117,7 +126,7 @@ def samples_text(
     record:Mapping,    # Of the stage evaluate: `samples`, each with conditions, images, patients
 ) -> str:              # `public on 600 images of 300 patients; raw on …`
     "Name the images on which each model was judged"
-    return '; '.join(f"{_join(s['conditions'])} on {_n(s['images'], 'image')} of {_n(s['patients'], 'patient')}"
+    return '; '.join(f"{_join(s['conditions'])} on {_who(s)}"
                      for s in record['samples'])
 
 def _evaluate_said(r):
@@ -144,7 +153,7 @@ def _private_said(r):
 
 def _against_said(r):
     def pair(p):
-        n = f"{_n(p['images'], 'image')} of {_n(p['patients'], 'patient')}"
+        n = _who(p)
         return f"{p['a']} was compared with {p['b']} on the same {n}"
     said = '; '.join(pair(p) for p in r['pairs'])
     return (f"{said}. Both models of a pair were judged on the same "

@@ -257,9 +257,11 @@ def _data_part(run, allowed):
     said = P(Strong(str(d.get('name', 'Data'))), f': {kind}.')
     if people is None: return section('data', 'Data', said, _not_run('the head counts of this run were not stored'))
     wide = people.groupby(['part', 'split', 'sex'], sort=False)[['n_patients', 'n_images']].sum().reset_index()
-    hide = wide.n_patients < SMALL
-    text = {c: np.where(hide, f'<{SMALL}', wide[c].astype(str)) for c in ('n_patients', 'n_images')}
-    few  = (people.n_patients < SMALL).any() and not _is_phantom(run)    # the figure prints counts too
+    unit = 'n_images' if people.n_patients.isna().all() else 'n_patients'    # a set that names no patients
+    hide = wide[unit] < SMALL
+    text = {c: np.where(hide, f'<{SMALL}', wide[c].astype(str)) for c in (unit, 'n_images')}
+    if unit == 'n_images': text['n_patients'] = 'unknown'
+    few  = (people[unit] < SMALL).any() and not _is_phantom(run)    # the figure prints counts too
     return section('data', 'Data', said, None if few else _figure(run, 'demographics', allowed),
                    html_table(wide.assign(**text), 'Patients and images by split and sex'))
 

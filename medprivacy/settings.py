@@ -8,12 +8,14 @@ __all__ = ['check_epsilons', 'check_settings', 'read_options']
 # %% ../nbs/64_settings.ipynb #0fbcd77e
 import ast
 import math
+import re
 from difflib import get_close_matches
 
 import timm
 import torchvision
 
 from .core import ConfigError
+from .data.chexpert import soft
 from .objectives.adversarial import ATTACKS
 
 # %% ../nbs/64_settings.ipynb #5e462f30
@@ -74,7 +76,18 @@ def check_settings(
                           'none')
 
 # %% ../nbs/64_settings.ipynb #6bb4d730
+def _pieces(text):
+    "Split at the commas that stand in no bracket"
+    depth, out = 0, ['']
+    for ch in text:
+        depth += (ch in '([{') - (ch in ')]}')
+        if ch == ',' and depth == 0: out.append('')
+        else: out[-1] += ch
+    return [p.strip() for p in out if p.strip()]
+
 def _literal(text):
+    if m := re.fullmatch(r'soft\(([\d., ]*)\)', text):
+        return soft(*ast.literal_eval(f'({m[1]},)' if m[1].strip() else '()'))
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
@@ -82,7 +95,7 @@ def read_options(
     text:str,       # name=value, separated by commas; None or '' for none
 ) -> dict:          # Name → value
     "Read named arguments from a command line"
-    parts = [p.strip() for p in str(text or '').split(',') if p.strip()]
+    parts = _pieces(str(text or ''))
     bad = [p for p in parts if not p.partition('=')[0].strip().isidentifier() or '=' not in p]
     if bad: raise ConfigError(f'--options must be name=value, separated by commas; got {bad[0]!r}')
     return {k.strip(): _literal(v.strip()) for k,_,v in (p.partition('=') for p in parts)}

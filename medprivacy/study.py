@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNACCOUNTED', 'check_data', 'study_records', 'obfuscate_stage', 'picture_stage', 'attack_stage', 'utility_stage',
-           'train_stage', 'headline', 'demo_stages']
+           'check_unit', 'train_stage', 'headline', 'demo_stages']
 
 # %% ../nbs/65_study.ipynb #6544f15a
 import json
@@ -67,6 +67,13 @@ def _sizes(records):
     "Images, and patients where they are known: the sample a sentence names"
     return dict(images=len(records), patients=records.df.patient_id.nunique() if records.patient_known else None)
 
+def _unit(run):
+    "What is resampled: images where the set names no patients"
+    data = run.record.get('data')
+    return 'image' if data and 'patients' not in data else 'patient'
+
+def _sizes_known(run, df): return df.assign(n_patients=np.nan) if _unit(run) == 'image' and 'n_patients' in df else df
+
 def _record_data(run, records, official):
     d = run.config['data']
     add_record(run, 'data', name=d['name'], phantom=d['phantom'], labels=records.labels, **_sizes(records))
@@ -82,8 +89,8 @@ def study_records(
     if d.get('unreadable') == 'quarantine': recs = drop_unreadable(recs, run.path/'quarantine.csv', channels=1)
     official = bool(recs.df.split.notna().any())
     recs = complete_split(recs, _FRACS, stratify='sex', seed=d['seed'], attack=_ATTACK)
-    add_table(run, 'demographics', count_people(recs))
     _record_data(run, recs, official)
+    add_table(run, 'demographics', _sizes_known(run, count_people(recs)))
     return recs
 
 # %% ../nbs/65_study.ipynb #7f4700e9
@@ -97,7 +104,8 @@ def obfuscate_stage(
     obf.save(run.path/'model')
     add_table(run, 'metrics', obf.history)
     used = {k: obf.config[k] for k in ('maker', 'attack', 'attribute', 'attackers', 'epochs', 'seed')}
-    add_record(run, 'obfuscate', **used, images=obf.config['n_images'], patients=obf.config['n_patients'])
+    add_record(run, 'obfuscate', **used, images=obf.config['n_images'], 
+               patients=obf.config['n_patients'] if _unit(run) == 'patient' else None)
     return obf
 
 def picture_stage(
@@ -114,7 +122,7 @@ def picture_stage(
     return add_summary(run, {'obfuscated.mean_change': dict(value=mean_change(obfuscator, x), n=len(x))})
 
 # %% ../nbs/65_study.ipynb #aa0bd77d
-_BOOT = dict(level=.95, interval='percentile', unit='patient')    # what the tables of a run are made with
+_BOOT = dict(level=.95, interval='percentile')    # what the tables of a run are made with
 
 def _conditions(obfuscator, noise):
     found = {'raw': dict(obfuscator=None)}
@@ -136,7 +144,7 @@ def attack_stage(
     n_boot:int=1000,         # Resamples of patients
 ) -> pd.DataFrame:           # condition, model, auroc, leakage, lo, hi, n, n_patients
     "Attack raw, released, noised and shuffled images; write `tables/attack.csv`, learning curves and summary"
-    a, kw, tables, curves = run.config['attribute'], settings or {}, [], []
+    a, kw, tables, curves, unit = run.config['attribute'], settings or {}, [], [], _unit(run)
     seed_everything(kw.get('seed', 0))
     noise = None if obfuscator is None else matched_noise(obfuscator, _sample_images(records, a, kw.get('size', 64)))
     for name,how in _conditions(obfuscator, noise).items():
@@ -145,14 +153,14 @@ def attack_stage(
                                      run=run.path.name,
                                      **kw, **how)
         save_predictions(preds, run.path/'predictions'/f'attack_{name}.parquet')
-        tables.append(leakage_table(preds, n_boot=n_boot).assign(condition=name))
+        tables.append(leakage_table(preds, n_boot=n_boot, unit=unit).assign(condition=name))
         curves.append(preds.history.assign(condition=name))
         if name == 'shuffled': _control(run, preds, a, n_boot)
-    table = pd.concat(tables, ignore_index=True)
+    table = _sizes_known(run, pd.concat(tables, ignore_index=True))
     add_table(run, 'attack', table); add_table(run, 'history', pd.concat(curves, ignore_index=True))
     test = records.select(part='attack', split='test')
     add_record(run, 'attack', attribute=a, archs=archs, epochs=kw.get('epochs'), draws=kw.get('draws'),
-               conditions=list(table.condition.unique()), **_BOOT, n_boot=n_boot, **_sizes(test))
+               conditions=list(table.condition.unique()), **_BOOT, unit=unit, n_boot=n_boot, **_sizes(test))
     best = table[table.model == 'strongest']
     add_summary(run, {f'{r.condition}.{a}.leakage': dict(value=r.leakage, lo=r.lo, hi=r.hi, n=r.n)
                       for r in best.itertuples() if r.condition != 'shuffled'})
@@ -161,7 +169,9 @@ def attack_stage(
 def _control(run, preds, a, n_boot):
     t = preds.df[preds.df.split == 'test']
     add_summary(run, {f'control.{a}.auroc': auroc_ci(t[f'y_{a}'].to_numpy(), t[f'score_{a}'].to_numpy(),
-                                                     patient=t.patient_id.to_numpy(), n_boot=n_boot)})
+                                                     patient=t.patient_id.to_numpy() if _unit(run) == 'patient'
+                                                     else None,
+                                                     n_boot=n_boot)})
 
 # %% ../nbs/65_study.ipynb #be22dd44
 def _pairs(models):
@@ -177,7 +187,8 @@ def _write_utility(run, preds, n_boot):
         old = pd.read_parquet(path); old = old[~old.model.isin(preds.df.model.unique())]
         if len(old): preds = Predictions(pd.concat([old, preds.df], ignore_index=True), preds.labels, preds.task)
     save_predictions(preds, path)
-    found = assess(preds, _pairs(preds.df.model.unique()), n_boot=n_boot)
+    found = assess(preds, _pairs(preds.df.model.unique()), n_boot=n_boot, unit=_unit(run))
+    found.tables.update({k: _sizes_known(run, t) for k,t in found.tables.items()})
     write_assessment(run, found)
     use  = found.tables['utility']
     best = use[use.label == 'macro']
@@ -228,6 +239,15 @@ def _fitted(dls, arch, lr, epochs, seed, private=None, progress=False):
     return learn
 
 # %% ../nbs/65_study.ipynb #28298a6d
+def check_unit(
+    records:Records,    # That a private classifier is to learn from
+    unit:str,           # What is to be protected: 'patient' or 'image'
+) -> None:
+    "Raise `ConfigError` where patients are promised privacy and none is known"
+    if unit == 'patient' and not records.patient_known:
+        raise ConfigError(f"{records.name} names no patients, so a patient cannot be the unit of privacy; pass "
+                          "unit='image' (--unit image) and say so")
+
 def train_stage(
     run:Run,                          # The run
     records:Records,                  # With split
@@ -252,6 +272,7 @@ def train_stage(
 ) -> pd.DataFrame:                    # Metrics by condition and label
     "Train a classifier without and with differential privacy; write their terms, predictions and metrics"
     if not len(epsilons) or min(epsilons) <= 0: raise ConfigError(f'epsilons must be positive numbers, got {epsilons}')
+    check_unit(records, unit)
     kw, preds, rows = dict(mechanism=obfuscator, draws=draws, device=device), [], []
     seed_everything(seed)    # loaders draw the seed of their order when they are made
     with stage(run, 'disease classifier: no privacy'):

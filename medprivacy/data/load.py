@@ -328,7 +328,9 @@ def records_dls(
     if (~keep).any():
         print(f'{records.name}: dropped {(~keep).sum()} of {len(keep)} images without {", ".join(map(str, targets))}')
     if records.df.split.isna().all(): raise DataError(f'{records.name}: no row has a split; call split_patients first')
-    used = records.select(where=keep & records.df.split.notna().to_numpy())
+    home = records.df.split.notna().to_numpy()
+    if not home.all(): print(f'{records.name}: left out {(~home).sum()} of {len(home)} images without a split')
+    used = records.select(where=keep & home)
     _check_split(used, targets, int((~keep).sum()))
     bits, cache = _auto(used, bits, cache)
     _check_settings(used, size, channels, resize, bits)

@@ -77,3 +77,18 @@ def test_arguments_that_cannot_work(args, words, tmp_path, monkeypatch, capsys):
 
 
 def test_table(): assert list(readers_table().name) == list(READERS)
+
+
+def test_command_on_a_set_without_patient_numbers(tmp_path, capsys):
+    "Nothing is said of patients where none are known, and none can be the unit of privacy"
+    root, out = FAKES['vindr_cxr'](tmp_path/'vindr', n_patients=60), tmp_path/'run'
+    small = dict(out=str(out), device='cpu', size=32, bs=8)
+    cli.medprivacy_attack(dataset='vindr_cxr', root=str(root), options='missing=drop', epochs=1, utility_epochs=1, archs='small_resnet', draws=1, n_boot=20, **small)
+    said = (out/'methods.txt').read_text()
+    assert '(patients unknown)' in said and 'resamples of images' in said and not re.search(r'\d patients', said)
+    assert pd.read_csv(out/'tables'/'demographics.csv').n_patients.isna().all() and pd.read_csv(out/'tables'/'attack.csv').unit.eq('image').all()
+    with pytest.raises(SystemExit): cli.medprivacy_train(resume=True, epochs=1, private_epochs=1, private_bs=4, n_boot=20, **small)
+    assert '--unit image' in capsys.readouterr().err
+    cli.medprivacy_train(resume=True, epochs=1, private_epochs=1, private_bs=4, n_boot=20, unit='image', overwrite=False, **small)
+    cli.medprivacy_report(run=str(out))
+    assert 'unit of privacy: one image' in (out/'methods.txt').read_text()
