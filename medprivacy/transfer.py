@@ -6,7 +6,7 @@
 __all__ = ['FEATURES', 'FrozenEncoder', 'Features', 'frozen_features', 'ConfusionCallback', 'Transfer', 'linear_probe',
            'random_erasing', 'train_downstream']
 
-# %% ../nbs/33_transfer.ipynb #bf10e948
+# %% ../nbs/33_transfer.ipynb #1d1bf8fe
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,7 +33,7 @@ from .models.resnet import SmallResNet
 from .pretrain import EachImage, head_name
 from .probe import KeepBestCallback, learning_curve, probe_learner, train_probe
 
-# %% ../nbs/33_transfer.ipynb #23248d2a
+# %% ../nbs/33_transfer.ipynb #a307207c
 FEATURES = ('pooled', 'map')
 
 def _pool_name(model):
@@ -68,7 +68,7 @@ class FrozenEncoder(nn.Module):
         finally: hook.remove()
         return seen[0].flatten(1)
 
-# %% ../nbs/33_transfer.ipynb #df6e720a
+# %% ../nbs/33_transfer.ipynb #c678f86c
 @dataclass(frozen=True)
 class Features:
     "Features and targets of one split"
@@ -102,7 +102,7 @@ def frozen_features(
     scale = StandardScaler().fit(out['train'].x)
     return {s: replace(f, x=scale.transform(f.x)) if len(f.x) else f for s, f in out.items()}
 
-# %% ../nbs/33_transfer.ipynb #d6f35381
+# %% ../nbs/33_transfer.ipynb #abb67f07
 class ConfusionCallback(Callback):
     "Confusion matrix and macro-F1 of the validation images after each epoch, for classes"
     run_train = False
@@ -126,7 +126,7 @@ def _n_classes(records):
     "Of all splits: one may lack a class"
     return int(np.nanmax(records.df[records.labels[0]])) + 1
 
-# %% ../nbs/33_transfer.ipynb #ff99ce0b
+# %% ../nbs/33_transfer.ipynb #1d6822db
 @dataclass(frozen=True)
 class Transfer:
     "What a linear model or a fresh network scored"
@@ -164,7 +164,7 @@ def _head(feats, kind, n_out, C, epochs, lr, bs, cbs):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return learn
 
-# %% ../nbs/33_transfer.ipynb #afe577c5
+# %% ../nbs/33_transfer.ipynb #d6027d82
 def linear_probe(
     records:Records,             # With a split; the caller chooses the part
     encoder:nn.Module,           # A classifier or an encoder; stays as it is
@@ -208,7 +208,7 @@ def _with_confusion(hist, watch):
     if not watch: return hist, None
     return hist.assign(macro_f1=watch[0].macro_f1), np.array(watch[0].matrices)
 
-# %% ../nbs/33_transfer.ipynb #c4e1bc2a
+# %% ../nbs/33_transfer.ipynb #90491544
 def random_erasing(
     p:float=.5,                  # Probability that an image loses a patch
     *,

@@ -92,6 +92,7 @@ def test_logistic_is_scikit_learns(recs):
         for s in ('valid', 'test'): assert np.allclose(got[got.split == s][f'score_{l}'], ref.predict_proba(f[s].x)[:, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('C', [.01, .1])
 def test_the_head_finds_scikit_learns_minimum(recs, grade, C):
     "Findings (some unknown), classes and sex; scores within 0.01"
