@@ -163,11 +163,21 @@ def test_nothing_is_left_on_the_model_even_after_an_error():
 class Mixes(nn.Module):
     def __init__(self): super().__init__(); self.a = nn.Linear(3,3)
     def forward(self, x): return self.a(x.mean(0, keepdim=True))
-class Tied(nn.Module):
-    def __init__(self): super().__init__(); self.a, self.b = nn.Linear(3,3), nn.Linear(3,3)
-    def forward(self, x): return F.linear(self.b(x), self.a.weight)
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w): ctx.save_for_backward(x, w); return x@w.T
+    @staticmethod
+    def backward(ctx, g): x,w = ctx.saved_tensors; return g@w, g.T@x
+class Behind(nn.Module):
+    "A weight used twice, once where no function of torch shows it"
+    def __init__(self): super().__init__(); self.a = nn.Linear(3,3)
+    def forward(self, x): return Hidden.apply(self.a(x), self.a.weight)
+class Centred(nn.Module):
+    def __init__(self): super().__init__(); self.a = nn.Linear(3,3)
+    def forward(self, x): h = self.a(x); return h - h.mean(0, keepdim=True)
 
-@pytest.mark.parametrize('model,words', [(Mixes(), 'first dimension'), (Tied(), 'a.weight')])
+@pytest.mark.parametrize('model,words', [(Mixes(), 'first dimension'), (Behind(), 'a.weight'), (Centred(), 'mixed'),
+    (nn.Sequential(nn.Linear(3,3), nn.BatchNorm1d(3)), 'GroupNorm'), (nn.Sequential(nn.Linear(3,4), nn.Unflatten(1,(2,2)), nn.InstanceNorm1d(2, affine=True, track_running_stats=True), nn.Flatten(), nn.Linear(4,3)), 'track_running_stats')])
 def test_what_cannot_be_followed_is_refused(model, words):
     loss = lambda p,t: (p.mean(0)-t).pow(2).sum()
     with pytest.raises(UnsupportedUnderDP, match=words): clipped_gradient(model, loss, torch.randn(4,3), torch.randn(4,3), 1.)
