@@ -65,8 +65,8 @@ class Published:
 class Ours:
     "The learner of `train_obfuscator`, one batch at a time"
     def __init__(self, maker, attacker, disease, px, bf16=False):
-        game = ViewmakerGame(maker, (ARCHS['attacker'],), LABELS, CHANNELS, disease)
-        game.attackers[0] = attacker
+        game = ViewmakerGame(maker, (ARCHS['attacker'],), LABELS, CHANNELS, disease).to(next(maker.parameters()).dtype)
+        game.attackers[0].load_state_dict(attacker.state_dict())
         dls = DataLoaders(*[DataLoader(TensorDataset(*batch(px, 2)), batch_size=2)]*2)
         self.learn, self.precision = game_learner(dls, game, 'negative', attacker_steps=1, attackers_first=True), 'bf16' if bf16 else 'fp32'
         cb = self.learn.attackers

@@ -24,8 +24,10 @@ class _Conv(nn.Module):
         self.conv2d, self.pad, self.up = nn.Conv2d(c_in, c_out, k, stride), [k//2]*4, up
 
     def forward(self, x):
-        if self.up > 1: x = F.interpolate(x, scale_factor=self.up, mode='nearest')
-        return self.conv2d(F.pad(x, self.pad, mode='reflect'))
+        with torch.autocast(x.device.type, enabled=False):     # both only copy: autocast would widen the copies
+            if self.up > 1: x = F.interpolate(x, scale_factor=self.up, mode='nearest')
+            x = F.pad(x, self.pad, mode='reflect')
+        return self.conv2d(x)
 
 # %% ../../nbs/10_models.viewmaker.ipynb #df44c063
 class _ResBlock(nn.Module):
