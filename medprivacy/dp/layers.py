@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['sq_norms', 'LinearTerm', 'ConvTerm', 'AffineTerm', 'GroupNormTerm', 'EmbeddingTerm', 'instantiate', 'measure']
 
-# %% ../../nbs/39_dp.layers.ipynb #23e088e4
+# %% ../../nbs/39_dp.layers.ipynb #aeb5a4fa
 import itertools, math, time
 from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/39_dp.layers.ipynb #cba94a4d
+# %% ../../nbs/39_dp.layers.ipynb #f939f2dd
 def _wide(t): return torch.float32 if t.device.type == 'mps' else torch.float64
 
 def sq_norms(
@@ -27,7 +27,7 @@ def sq_norms(
     blocks = torch.linalg.vector_norm(g[:,:k].unflatten(1, (-1,1024)), dim=2).to(_wide(g))
     return end + blocks.square().sum(1)
 
-# %% ../../nbs/39_dp.layers.ipynb #1d54582a
+# %% ../../nbs/39_dp.layers.ipynb #f8d5e6fb
 def _gram_norms(a, g, n):
     "Squared norms from products of positions, (m,Q,T) and (m,O,T) with m a multiple of n; and their diagonal sums"
     return _from_grams(torch.bmm(a.transpose(1,2), a), torch.bmm(g.transpose(1,2), g), n)
@@ -60,7 +60,7 @@ class LinearTerm:
     def total(self, c): return (self.g*c[:,None,None]).flatten(0,1).T @ self.a.flatten(0,1)
     def bias(self): return self.g.sum(1)
 
-# %% ../../nbs/39_dp.layers.ipynb #695e2704
+# %% ../../nbs/39_dp.layers.ipynb #d53ea534
 def _conv_weight_grad(a, g, shape, spec, groups):
     "torch's gradient of a convolution's weight of the given shape"
     d, w = len(spec['stride']), a.new_empty(1).expand(shape)
@@ -89,7 +89,7 @@ def _pixel_gram(a, shape, out, spec):
         total = part.clone(memory_format=torch.contiguous_format) if total is None else total.add_(part)
     return total.view(len(a), math.prod(out), -1)
 
-# %% ../../nbs/39_dp.layers.ipynb #6b2adaf5
+# %% ../../nbs/39_dp.layers.ipynb #b1767102
 class ConvTerm:
     "Weight of a convolution: input (rows,C,*), output gradient (rows,O,*)"
     def __init__(self,
@@ -144,7 +144,7 @@ class ConvTerm:
 
 def _sizes(a, spec): return [s+2*p for s,p in zip(a.shape[2:], spec['padding'])]
 
-# %% ../../nbs/39_dp.layers.ipynb #2d0bea3e
+# %% ../../nbs/39_dp.layers.ipynb #04d0a124
 class AffineTerm:
     "Scale and shift after a normalisation: the normalised input and the output gradient, channels in `axis`"
     def __init__(self,
@@ -193,7 +193,7 @@ class GroupNormTerm:
         return self._both
     def bias(self): return self.both()[1]
 
-# %% ../../nbs/39_dp.layers.ipynb #e023cff1
+# %% ../../nbs/39_dp.layers.ipynb #b701b933
 class EmbeddingTerm:
     "Table of an embedding: ids (rows,*), output gradient (rows,*,D)"
     def __init__(self,
@@ -226,17 +226,17 @@ class EmbeddingTerm:
         g = (self.g*c[:,None,None]).flatten(0,1)
         return g.new_zeros(self.shape).index_add_(0, self.a.flatten(), g)
 
-# %% ../../nbs/39_dp.layers.ipynb #ab59947b
+# %% ../../nbs/39_dp.layers.ipynb #0f07ebb4
 _CHOICES = {}   # Shapes → (ghost or None, way, keep the gradients)
 _DIGITS  = 20   # How far the sum of a ghost norm's diagonal may be above its result
 
 def _time(f, repeats=3):
     def once():
         start = time.perf_counter()
-        out = f()
+        f()
         if torch.cuda.is_available(): torch.cuda.synchronize()
-        return time.perf_counter()-start, out
-    return min((once() for _ in range(repeats)), key=lambda o: o[0])
+        return time.perf_counter()-start
+    return min(once() for _ in range(repeats))
 
 def _choose(term):
     "Time all ways on these tensors: the cheapest to the norm and the weighted sum together"
@@ -244,22 +244,25 @@ def _choose(term):
         size = math.prod(getattr(term, 'shape', (term.a.shape[-1], term.g.shape[-1])))
         t = term.g.numel()//term.n
         return (next(reversed(term.ghosts), None) if t*t < size*64 else None), next(reversed(term.ways)), size < t
-    ways   = {k: _time(f)    for k,f in term.ways.items()}
-    ghosts = {k: _time(f)[0] for k,f in term.ghosts.items()}
-    way    = min(ways, key=lambda k: ways[k][0])
-    made, grads = ways[way]
+    ghosts = {k: _time(f) for k,f in term.ghosts.items()}
+    size   = term.n*math.prod(getattr(term, 'shape', (term.a.shape[-1], term.g.shape[-1])))
+    if ghosts and size > max(8*(term.a.numel()+term.g.numel()), 2**20):   # Not worth the memory, even to try
+        return min(ghosts, key=ghosts.get),next(reversed(term.ways)),False
+    ways  = {k: _time(f) for k,f in term.ways.items()}
+    way   = min(ways, key=ways.get)
+    made, grads = ways[way],term.ways[way]()
     one   = torch.ones(term.n, dtype=grads.dtype, device=grads.device)
-    norm  = made+_time(lambda: sq_norms(grads))[0]
-    total = _time(lambda: term.total(one))[0]
+    norm  = made+_time(lambda: sq_norms(grads))
+    total = _time(lambda: term.total(one))
     small = grads.numel() <= max(term.a.numel()+term.g.numel(), 2**20)
-    reuse = _time(lambda: one @ grads.flatten(1))[0] if small else math.inf
+    reuse = _time(lambda: one @ grads.flatten(1)) if small else math.inf
     ghost = min(ghosts, key=ghosts.get, default=None)
     if ghost is not None and ghosts[ghost]+total < norm+min(total, reuse): return ghost,way,False
     return None,way,reuse < total
 
 def _key(term): return (*term.key, term.n.bit_length(), term.g.dtype, str(term.g.device), torch.get_num_threads())
 
-# %% ../../nbs/39_dp.layers.ipynb #6f27a67b
+# %% ../../nbs/39_dp.layers.ipynb #518c838a
 def instantiate(
     term:object,        # `LinearTerm`, `ConvTerm`, …
 ) -> torch.Tensor:      # Gradient of each image (n,…)
