@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'score_bins', 'calibration_curve', 'calibration_error', 'calibration_table']
 
-# %% ../nbs/50c_calibration.ipynb #eca6f080
+# %% ../nbs/50c_calibration.ipynb #598a0e88
 import numpy as np
 import pandas as pd
 
@@ -16,7 +16,7 @@ from .metrics import mean_over_labels, n_units
 from .resample import Units, bootstrap_sums, interval, unit_sums, units_of
 from .thresholds import check_scores
 
-# %% ../nbs/50c_calibration.ipynb #c3d48aaa
+# %% ../nbs/50c_calibration.ipynb #70673d92
 STRATEGIES = 'mass', 'width'
 
 def score_bins(
@@ -35,7 +35,7 @@ def score_bins(
     edges = q if strategy == 'width' or not len(s) else np.quantile(s, q)
     return np.searchsorted(edges[1:-1], s)
 
-# %% ../nbs/50c_calibration.ipynb #d7c4150f
+# %% ../nbs/50c_calibration.ipynb #5a5943cd
 def _binned(t, s, units, bins, strategy):
     "Known rows of one label as columns [count, positives, scores] of each bin, per unit: (m,3,B)"
     k    = ~np.isnan(t)
@@ -74,7 +74,7 @@ def calibration_curve(
     cols = ['label', 'bin', 'score', 'observed', 'lo', 'hi', 'n', 'n_units', 'unit', 'note']
     return pd.DataFrame(rows, columns=cols)
 
-# %% ../nbs/50c_calibration.ipynb #259db0c8
+# %% ../nbs/50c_calibration.ipynb #17eb0a0c
 def _errors(n, d, norm):
     "Calibration error from counts and summed differences of the bins (…,B)"
     gap = np.abs(np.nan_to_num(_share(d, n)))
@@ -112,7 +112,7 @@ def calibration_error(
         out.append(e**.5 if norm == 'l2' else e)
     return np.array(out, dtype=float)
 
-# %% ../nbs/50c_calibration.ipynb #65414fd4
+# %% ../nbs/50c_calibration.ipynb #a36b2c9a
 _WITH_CI = 'bias', 'rmsce', 'brier'
 
 def _label_draws(t, s, units, bins, strategy, n_boot, seed):

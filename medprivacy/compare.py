@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['matched_scores', 'paired_table', 'paired_metrics', 'delong_test']
 
-# %% ../nbs/50b_compare.ipynb #937d9466
+# %% ../nbs/50b_compare.ipynb #36d099f3
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from .rank import auroc_influence
 from .resample import Units, holm, interval, two_sided_p, units_of
 from .thresholds import check_scores
 
-# %% ../nbs/50b_compare.ipynb #016b3331
+# %% ../nbs/50b_compare.ipynb #b4000629
 def matched_scores(
     a:Predictions,          # Predictions of the first model
     b:Predictions,          # Predictions of the second model for the same images
@@ -66,7 +66,7 @@ def paired_table(
     return paired_test(sa.y, sa.score, sb.score, patient=patient, n_boot=n_boot, level=level, seed=seed,
                        labels=list(sa.labels), method=method)
 
-# %% ../nbs/50b_compare.ipynb #b818119f
+# %% ../nbs/50b_compare.ipynb #2dfbfbc3
 def paired_metrics(
     a:Predictions,              # Predictions of the first model
     b:Predictions,              # Predictions of the second model for the same images
@@ -108,7 +108,7 @@ def paired_metrics(
     df.insert(8, 'p_holm', of)
     return df
 
-# %% ../nbs/50b_compare.ipynb #ab7d9281
+# %% ../nbs/50b_compare.ipynb #ad719e0f
 def _variance(f, y, units):
     "Variance of a sum of influences f (m,2); y are the known labels of the rows of `units`"
     def scale(k): n = len(np.unique(units.codes[k])); return n/(n-1) if n > 1 else np.nan

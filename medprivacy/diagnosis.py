@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['health_calls', 'diagnosis_rates', 'worst_groups']
 
-# %% ../nbs/51b_diagnosis.ipynb #b81e7a0f
+# %% ../nbs/51b_diagnosis.ipynb #fd693ce5
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +18,7 @@ from .fairness import GROUP_METRICS, groups_of
 from .metrics import metric_draws
 from .resample import bootstrap_sums, interval, units_of
 
-# %% ../nbs/51b_diagnosis.ipynb #e97fb03b
+# %% ../nbs/51b_diagnosis.ipynb #c19b4562
 def health_calls(
     y:np.ndarray,               # (n,L) labels 0, 1 or NaN
     score:np.ndarray,           # (n,L) scores
@@ -35,7 +35,7 @@ def health_calls(
     sick = np.where((y == 1).any(1), 1., np.where(np.isnan(y).any(1), np.nan, 0.))
     return sick, ~((score >= t) & np.isfinite(score)).any(1)
 
-# %% ../nbs/51b_diagnosis.ipynb #9b6d953a
+# %% ../nbs/51b_diagnosis.ipynb #20cee3da
 def _checked(preds, threshold, split, unit):
     "Models with arrays, thresholds and units"
     if unit not in ('patient', 'image'): raise ConfigError(f"unit is 'patient' or 'image', not {unit!r}")
@@ -87,7 +87,7 @@ def diagnosis_rates(
                                      undecided=int((inside & np.isnan(sick)).sum())))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51b_diagnosis.ipynb #bf4215ce
+# %% ../nbs/51b_diagnosis.ipynb #5cf3ebb0
 _HIGH_IS_BAD = 'fpr', 'fnr'
 
 def worst_groups(

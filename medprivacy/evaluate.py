@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'RULES', 'auroc', 'auprc', 'bootstrap_auroc', 'auroc_ci', 'one_sided_ratio', 'paired_test', 'Scores',
            'scores_of', 'choose_thresholds', 'resolve_thresholds', 'metrics_table']
 
-# %% ../nbs/50_evaluate.ipynb #a72960cf
+# %% ../nbs/50_evaluate.ipynb #3adf3759
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from .rank import auroc_influence, fake_predictions
 from .resample import Interval, holm, influence_of, interval, resample_counts, two_sided_p, units_of
 from .thresholds import check_scores, rate_threshold, sensitivity_threshold, youden_threshold
 
-# %% ../nbs/50_evaluate.ipynb #4810e069
+# %% ../nbs/50_evaluate.ipynb #be7f24d7
 def auroc(
     y:np.ndarray,               # (n,) or (n,L) labels 0, 1 or NaN (masked)
     score:np.ndarray,           # Same shape; higher = more positive
@@ -39,7 +39,7 @@ def auprc(
     "Average precision (area under the precision-recall curve) of every label"
     return areas(y, score, 'auprc', weight)
 
-# %% ../nbs/50_evaluate.ipynb #11cd49f2
+# %% ../nbs/50_evaluate.ipynb #37221b4b
 def bootstrap_auroc(
     y:np.ndarray,           # (n,) or (n,L) labels 0, 1 or NaN (masked)
     score:np.ndarray,       # Same shape
@@ -51,7 +51,7 @@ def bootstrap_auroc(
     y, score = check_scores(y, score)
     return area_draws(y, score, units_of(len(y), patient), n_boot, seed)
 
-# %% ../nbs/50_evaluate.ipynb #ee0b1d5f
+# %% ../nbs/50_evaluate.ipynb #ecacebae
 METHODS = 'percentile', 'bca'
 
 def _check_method(method):
@@ -81,7 +81,7 @@ def auroc_ci(
              for a, d, t, s, f in zip(auroc(y, score), draws.T, y.T, score.T, bca)]
     return res if len(res) > 1 else res[0]
 
-# %% ../nbs/50_evaluate.ipynb #f4e17cde
+# %% ../nbs/50_evaluate.ipynb #a0d26e00
 def one_sided_ratio(
     draws:np.ndarray,   # (n_boot,) differences a-b in each resample; NaN is left out
 ) -> float:             # Share of resamples in which a does not beat b; NaN without a draw
@@ -122,7 +122,7 @@ def paired_test(
     df.insert(6, 'p_holm', holm(df.p))
     return df
 
-# %% ../nbs/50_evaluate.ipynb #5f1e3f3c
+# %% ../nbs/50_evaluate.ipynb #28fcfb2b
 @dataclass(frozen=True)
 class Scores:
     "Arrays of one model on one split"
@@ -164,7 +164,7 @@ def scores_of(
     y, score = check_scores(*(np.stack([np.asarray(c[i], float) for c in cols], axis=1) for i in (1, 2)))
     return Scores(df, y, score, tuple(c[0] for c in cols))
 
-# %% ../nbs/50_evaluate.ipynb #529cca0f
+# %% ../nbs/50_evaluate.ipynb #cf0e3f9d
 RULES = dict(youden=youden_threshold, sensitivity=sensitivity_threshold, rate=rate_threshold)
 
 def _rule(rule):
@@ -207,7 +207,7 @@ def resolve_thresholds(
     return df.assign(threshold=df.label.map(threshold) if isinstance(threshold, dict) else float(threshold),
                      rule='given', split='none')
 
-# %% ../nbs/50_evaluate.ipynb #6401e5e1
+# %% ../nbs/50_evaluate.ipynb #f06d6610
 def _row(value, draws, left, intervals, note, **kw):
     "Values, intervals and notes of one row; metric -> number, (n_boot,) draws, values without each unit (for BCa)"
     row, notes = {}, list(note)
@@ -240,7 +240,7 @@ def _model_rows(s, thr, units, n_boot, level, seed, intervals, method):
             {m: v[0] for m,v in mean[0].items()}, *mean[1:], note=[f'without {", ".join(gone)}'] if gone else [],
             n=n_units(np.where(some, 1., np.nan), units), **kw)
 
-# %% ../nbs/50_evaluate.ipynb #c55e76e3
+# %% ../nbs/50_evaluate.ipynb #9767075b
 def metrics_table(
     preds:Predictions,              # Predictions of one or several models
     *,

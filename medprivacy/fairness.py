@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP_METRICS', 'GAPS', 'groups_of', 'by_group', 'gaps', 'against_rest']
 
-# %% ../nbs/51_fairness.ipynb #bd9fd7be
+# %% ../nbs/51_fairness.ipynb #1b1f7f55
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from .evaluate import resolve_thresholds, scores_of
 from .metrics import mean_over_labels, metric_draws, n_units, why_missing
 from .resample import holm, interval, units_of
 
-# %% ../nbs/51_fairness.ipynb #106b31be
+# %% ../nbs/51_fairness.ipynb #cd4c6eab
 def groups_of(
     df:pd.DataFrame,    # Rows of predictions
     by:str|tuple,       # A column, 'age_band' (made from age), or a tuple of them: their intersection
@@ -35,7 +35,7 @@ def groups_of(
     null = np.any([c.isna() for c in cols], axis=0)
     return pd.Series(['unknown' if n else ' × '.join(map(str, v)) for n, *v in zip(null, *cols)], index=df.index)
 
-# %% ../nbs/51_fairness.ipynb #4cedebd5
+# %% ../nbs/51_fairness.ipynb #6c25bf84
 GROUP_METRICS = dict(auroc='auroc', accuracy='accuracy', tpr='sensitivity', fpr='fpr', fnr='fnr',
                      selection_rate='selection_rate')
 _ASKED = tuple(GROUP_METRICS.values())
@@ -62,7 +62,7 @@ def _in_group(s, inside):
     "Labels with everybody outside the group masked"
     return np.where(np.asarray(inside)[:,None], s.y, np.nan)
 
-# %% ../nbs/51_fairness.ipynb #ea5223eb
+# %% ../nbs/51_fairness.ipynb #5d628397
 def _n_patients(s, inside):
     "(L,) patients with a known label among the rows in `inside`"
     return np.array([s.df.patient_id[np.asarray(inside) & ~np.isnan(t)].nunique() for t in s.y.T])
@@ -113,7 +113,7 @@ def _group_rows(s, thr, units, inside, value, w, min_size, n_boot, level, seed, 
             row['note'] = '; '.join(dict.fromkeys(filter(None, notes)))
         yield row
 
-# %% ../nbs/51_fairness.ipynb #891ccbee
+# %% ../nbs/51_fairness.ipynb #63e5c7d7
 def by_group(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # Columns, each a grouping of its own; a tuple in it is an intersection
@@ -147,7 +147,7 @@ def by_group(
                     rows.append(dict(model=model, by=name, group=group) | r | dict(threshold=h, unit=unit))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51_fairness.ipynb #712cd833
+# %% ../nbs/51_fairness.ipynb #879787fb
 GAPS = dict(selection_rate_parity=('selection_rate',), equalised_odds=('tpr','fpr'), underdiagnosis=('fnr',),
             overdiagnosis=('fpr',), accuracy_gap=('accuracy',), auroc_gap=('auroc',))
 
@@ -198,7 +198,7 @@ def _swapped(gap, label, no_finding):
         return ('fpr',) if gap == 'underdiagnosis' else ('fnr',)
     return GAPS[gap]
 
-# %% ../nbs/51_fairness.ipynb #65b7ef0c
+# %% ../nbs/51_fairness.ipynb #fd56d4c9
 def gaps(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # As in `by_group`
@@ -241,7 +241,7 @@ def gaps(
                                      highest=hi, lowest=lo, **size_l, n=i.n, unit=unit, note=i.note))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51_fairness.ipynb #fe7d1360
+# %% ../nbs/51_fairness.ipynb #27686b2f
 def against_rest(
     preds:Predictions,                      # Predictions of one or several models
     by:str|list=('sex','age_band'),         # As in `by_group`

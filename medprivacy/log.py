@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WandbImagesCallback', 'wandb_run']
 
-# %% ../nbs/22b_log.ipynb #800827ae
+# %% ../nbs/22b_log.ipynb #31c0034e
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from .core import ConfigError
 from .data.core import Records
 from .data.load import RecordsDataset
 
-# %% ../nbs/22b_log.ipynb #4a15358e
+# %% ../nbs/22b_log.ipynb #dcf78c60
 def _quiet_settings(wandb):
     "Nothing about the machine, the user, the code or what is printed"
     return wandb.Settings(console='off', silent=True, disable_git=True, disable_code=True, save_code=False,
@@ -37,7 +37,7 @@ def _curves_only():
             self._wandb_step, self._wandb_epoch, self.run = wandb.run.step - 1, 0, not hasattr(self.learn, 'lr_finder')
     return WandbCallback()
 
-# %% ../nbs/22b_log.ipynb #0d501b7f
+# %% ../nbs/22b_log.ipynb #d493f859
 class WandbImagesCallback(Callback):
     "Log a few validation images of a phantom at the end of a fit"
     def __init__(self,
@@ -59,7 +59,7 @@ def _check_phantoms(records):
     if not (name.startswith('phantom') and (Path(records.root)/'labels.csv').is_file()):
         raise ConfigError(f'images of {name or "unknown data"!r} are not logged: images=True is for phantoms only')
 
-# %% ../nbs/22b_log.ipynb #31db4cfd
+# %% ../nbs/22b_log.ipynb #b29df172
 @contextmanager
 def wandb_run(
     folder:str|Path,         # Where the run's files go

@@ -6,7 +6,7 @@
 __all__ = ['AREAS', 'METRICS', 'known_pairs', 'areas', 'area_draws', 'metric_draws', 'metric_left_out', 'mean_over_labels',
            'why_missing', 'n_units']
 
-# %% ../nbs/49c_metrics.ipynb #e7114516
+# %% ../nbs/49c_metrics.ipynb #8cf7c437
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -17,7 +17,7 @@ from .rank import blocks_auprc, blocks_auroc, exact_dtype, pr_blocks, roc_blocks
 from .resample import Units, bootstrap_sums, influence_of, left_out, resample_counts, units_of
 from .thresholds import check_scores, confusion, rates
 
-# %% ../nbs/49c_metrics.ipynb #f9cc1952
+# %% ../nbs/49c_metrics.ipynb #6aad74a6
 AREAS = dict(auroc=(roc_blocks, blocks_auroc), auprc=(pr_blocks, blocks_auprc))
 
 def known_pairs(
@@ -66,7 +66,7 @@ def area_draws(
         a += w.shape[1]
     return out
 
-# %% ../nbs/49c_metrics.ipynb #14a9766d
+# %% ../nbs/49c_metrics.ipynb #de1d4104
 METRICS = ('auroc', 'auprc', 'accuracy', 'balanced_accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'brier',
            'selection_rate', 'fpr', 'fnr')
 
@@ -106,7 +106,7 @@ def metric_left_out(
     if units.m < 2: return {m: np.full((1, y.shape[1]), np.nan) for m in metrics}
     return metric_draws(y, score, threshold, units, min(units.m, most), 0, metrics, partial(left_out, units.m, most))
 
-# %% ../nbs/49c_metrics.ipynb #9106c239
+# %% ../nbs/49c_metrics.ipynb #d21afb6f
 def mean_over_labels(
     v:np.ndarray,       # (...,L) values; NaN is left out
     w:np.ndarray,       # (L,) weights of the labels
@@ -115,7 +115,7 @@ def mean_over_labels(
     w = np.where(np.isnan(v), 0, w)
     return np.divide((np.nan_to_num(v)*w).sum(-1), w.sum(-1), where=w.sum(-1) > 0, out=np.full(v.shape[:-1], np.nan))
 
-# %% ../nbs/49c_metrics.ipynb #351f66b6
+# %% ../nbs/49c_metrics.ipynb #fa1648c1
 def why_missing(
     y:np.ndarray,   # (n,) labels of one label
     s:np.ndarray,   # (n,) scores

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASS_METRICS', 'class_scores', 'class_table', 'class_metrics', 'class_metrics_table']
 
-# %% ../nbs/50d_multiclass.ipynb #524632e3
+# %% ../nbs/50d_multiclass.ipynb #e56a9003
 import numpy as np
 import pandas as pd
 
@@ -15,7 +15,7 @@ from .evaluate import scores_of
 from .metrics import areas, area_draws, n_units
 from .resample import bootstrap_sums, interval, units_of
 
-# %% ../nbs/50d_multiclass.ipynb #2d8addd1
+# %% ../nbs/50d_multiclass.ipynb #ffe593d3
 def _one_target(preds, target):
     "The multiclass target that is meant"
     if target is not None and target not in preds.labels: raise DataError(f'no target {target!r}; found {preds.labels}')
@@ -47,7 +47,7 @@ def class_table(
     cell = np.where(np.isnan(true), -1, np.nan_to_num(true)*k + pred)
     return (cell[:,None] == np.arange(k*k)).astype(np.float64)
 
-# %% ../nbs/50d_multiclass.ipynb #9e542bd9
+# %% ../nbs/50d_multiclass.ipynb #040b7f90
 CLASS_METRICS = 'accuracy', 'macro_recall', 'macro_f1', 'kappa', 'kappa_quadratic', 'macro_auroc'
 
 def class_metrics(

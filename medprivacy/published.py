@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESAMPLE_METRICS', 'youden_on_every_resample', 'published_table', 'published_ratio']
 
-# %% ../nbs/50e_published.ipynb #da6e2d1d
+# %% ../nbs/50e_published.ipynb #95986c9d
 import numpy as np
 import pandas as pd
 
@@ -16,7 +16,7 @@ from .rank import blocks_auroc, blocks_youden, exact_dtype, youden_points
 from .resample import resample_counts, units_of
 from .thresholds import check_scores, rates
 
-# %% ../nbs/50e_published.ipynb #f3e47807
+# %% ../nbs/50e_published.ipynb #0648bad9
 RESAMPLE_METRICS = 'auroc', 'accuracy', 'balanced_accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1'
 
 def youden_on_every_resample(
@@ -41,7 +41,7 @@ def youden_on_every_resample(
     found = rates(*cells) | dict(auroc=area)
     return {m: found[m] for m in RESAMPLE_METRICS}
 
-# %% ../nbs/50e_published.ipynb #fd9d6542
+# %% ../nbs/50e_published.ipynb #a2089720
 def published_table(
     preds:Predictions,      # Predictions of one or several models
     *,

@@ -6,7 +6,7 @@
 __all__ = ['Blocks', 'exact_dtype', 'roc_blocks', 'blocks_auroc', 'pr_blocks', 'blocks_auprc', 'Points', 'youden_points',
            'blocks_youden', 'placements', 'auroc_influence', 'fake_predictions']
 
-# %% ../nbs/49b_rank.ipynb #2ba37833
+# %% ../nbs/49b_rank.ipynb #732d44ca
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from .core import ConfigError
 from .data.core import Predictions
 from .resample import Units, units_of
 
-# %% ../nbs/49b_rank.ipynb #bbd39eba
+# %% ../nbs/49b_rank.ipynb #45b082aa
 @dataclass(frozen=True)
 class Blocks:
     "Rows of one label, sorted and merged: weights of the units go in, weights of the blocks come out"
@@ -44,7 +44,7 @@ def exact_dtype(
     largest = np.bincount(units.codes, minlength=1).max() if len(units.codes) else 0
     return np.float32 if units.m*largest < 2**22 else np.float64
 
-# %% ../nbs/49b_rank.ipynb #47922aec
+# %% ../nbs/49b_rank.ipynb #c0b38921
 def roc_blocks(
     y:np.ndarray,           # (n,) labels 0 or 1
     s:np.ndarray,           # (n,) finite scores
@@ -72,7 +72,7 @@ def blocks_auroc(
     won   = np.einsum('rb,rb->b', below, p, dtype=np.float64)
     return np.divide(won, total, where=total > 0, out=np.full(total.shape, np.nan))
 
-# %% ../nbs/49b_rank.ipynb #395982af
+# %% ../nbs/49b_rank.ipynb #6578d91a
 def pr_blocks(
     y:np.ndarray,           # (n,) labels 0 or 1
     s:np.ndarray,           # (n,) finite scores
@@ -95,7 +95,7 @@ def blocks_auprc(
     prec   = np.divide(found, called, where=called > 0, out=np.zeros_like(called))
     return np.divide((prec*p).sum(0), found[-1], where=found[-1] > 0, out=np.full(p.shape[1], np.nan))
 
-# %% ../nbs/49b_rank.ipynb #ae23403d
+# %% ../nbs/49b_rank.ipynb #fad308a6
 @dataclass(frozen=True)
 class Points:
     "Blocks of the ROC curve, and the scores that some positive has"
@@ -141,7 +141,7 @@ def blocks_youden(
     tp, fp = tp*some, fp*some
     return np.where((P > 0) & (N > 0), np.stack([tp, fp, P-tp, N-fp]), np.nan)
 
-# %% ../nbs/49b_rank.ipynb #1d20a272
+# %% ../nbs/49b_rank.ipynb #40b20294
 def placements(
     y:np.ndarray,       # (n,) labels 0 or 1, both present
     s:np.ndarray,       # (n,) finite scores
@@ -162,7 +162,7 @@ def auroc_influence(
     v = v - v[pos].mean()
     return np.stack([np.bincount(units.codes[k], v[k], minlength=units.m)/k.sum() for k in (pos, ~pos)], axis=1)
 
-# %% ../nbs/49b_rank.ipynb #d55e15a1
+# %% ../nbs/49b_rank.ipynb #1cb8a542
 def fake_predictions(
     n_patients:int=200,         # Number of patients
     labels:tuple=('effusion','cardiomegaly'),   # Targets, independent of each other

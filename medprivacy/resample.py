@@ -6,7 +6,7 @@
 __all__ = ['Interval', 'Units', 'units_of', 'resample_counts', 'unit_sums', 'bootstrap_sums', 'left_out', 'influence_of',
            'interval', 'two_sided_p', 'holm']
 
-# %% ../nbs/49_resample.ipynb #4d377c49
+# %% ../nbs/49_resample.ipynb #dd827346
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from scipy.stats import norm
 
 from .core import ConfigError, DataError
 
-# %% ../nbs/49_resample.ipynb #99cef96f
+# %% ../nbs/49_resample.ipynb #8b44aad2
 @dataclass(frozen=True)
 class Interval:
     "A value with its interval, the number of resampled units and what the unit is"
@@ -29,7 +29,7 @@ class Interval:
     def __str__(self): return f'{self.value:.3f} [{self.lo:.3f}, {self.hi:.3f}]'
     def __contains__(self, x): return bool(self.lo <= x <= self.hi)
 
-# %% ../nbs/49_resample.ipynb #8abaad5c
+# %% ../nbs/49_resample.ipynb #4f261b1a
 @dataclass(frozen=True)
 class Units:
     "Which unit each row belongs to"
@@ -51,7 +51,7 @@ def units_of(
     codes, found = pd.factorize(ids.astype(str).to_numpy(), sort=True)
     return Units(codes, len(found), 'patient')
 
-# %% ../nbs/49_resample.ipynb #afc1ded8
+# %% ../nbs/49_resample.ipynb #04f1f880
 def resample_counts(
     m:int,                  # Number of units
     n_boot:int=1000,        # Number of resamples
@@ -70,7 +70,7 @@ def resample_counts(
             w[i] = np.bincount(drawn, minlength=m)
         yield np.ascontiguousarray(w.T)
 
-# %% ../nbs/49_resample.ipynb #2dc15632
+# %% ../nbs/49_resample.ipynb #891b6eee
 def unit_sums(
     x:np.ndarray,       # (n,) or (n,K) values per row; NaN counts as zero
     units:Units,        # The unit of each row
@@ -92,7 +92,7 @@ def bootstrap_sums(
     blocks = draw() if draw else resample_counts(units.m, n_boot, seed)
     return np.concatenate([w.T.astype(np.float64) @ sums for w in blocks])
 
-# %% ../nbs/49_resample.ipynb #766fd28a
+# %% ../nbs/49_resample.ipynb #129ccf54
 def left_out(
     m:int,          # Number of units
     most:int=1000,  # Largest number of columns; with more units, groups of (nearly) equal size are left out
@@ -111,7 +111,7 @@ def influence_of(
     mean = np.where(some, left, 0).sum(0)/np.maximum(some.sum(0), 1)
     return np.where(some, mean-left, 0.)
 
-# %% ../nbs/49_resample.ipynb #773b006a
+# %% ../nbs/49_resample.ipynb #2d53ec09
 def _bca_probs(value, draws, influence, probs):
     "Quantile levels corrected for bias and acceleration"
     b  = len(draws)
@@ -144,7 +144,7 @@ def interval(
     if undef.any(): note = '; '.join(filter(None, [note, f'undefined in {undef.sum()} of {len(draws)} resamples']))
     return Interval(value, *map(float, np.quantile(ok, probs)), n, unit, note)
 
-# %% ../nbs/49_resample.ipynb #8e0695bb
+# %% ../nbs/49_resample.ipynb #d1d72bb6
 def two_sided_p(
     draws:np.ndarray,   # (n_boot,) or (n_boot,K) differences in each resample; NaN is left out
 ) -> np.ndarray:        # () or (K,) p-values in (0,1]; NaN where no draw exists

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Correlation', 'pearson', 'performance_loss', 'loss_correlations', 'gaps_by_epsilon', 'gap_correlations']
 
-# %% ../nbs/51a_trends.ipynb #ea4cf03e
+# %% ../nbs/51a_trends.ipynb #d7564c44
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .fairness import GROUP_METRICS, groups_of
 from .metrics import mean_over_labels, metric_draws
 from .resample import interval, units_of
 
-# %% ../nbs/51a_trends.ipynb #2c604925
+# %% ../nbs/51a_trends.ipynb #9aff98d4
 @dataclass(frozen=True)
 class Correlation:
     "Pearson's r over a few points, with Fisher's interval over the points and a bootstrap interval over patients"
@@ -68,7 +68,7 @@ def pearson(
         if not np.isnan(r).all(): ends = np.nanquantile(r, [(1-level)/2, (1+level)/2])
     return Correlation(*map(float, (res.statistic, lo, hi, res.pvalue)), n, *map(float, ends), note)
 
-# %% ../nbs/51a_trends.ipynb #37d10249
+# %% ../nbs/51a_trends.ipynb #396c5490
 def _thresholds(preds, threshold, split, labels, model):
     t = resolve_thresholds(preds, threshold, split)
     return t[t.model == model].set_index('label').threshold.reindex(list(labels)).to_numpy(float)
@@ -113,7 +113,7 @@ def _loss_draws(private, public, by, metric, threshold, split, min_size, n_boot,
                              GROUP_METRICS[metric], n_boot, seed) for s, p in ((a, public), (b, private)))
     return names, pub, pri, *_sizes(public, a.labels, by, names, split, sizes), units
 
-# %% ../nbs/51a_trends.ipynb #4c212bd8
+# %% ../nbs/51a_trends.ipynb #e4491f78
 def performance_loss(
     private:Predictions,        # Predictions of the private model
     public:Predictions,         # Predictions of the ordinary model for the same images
@@ -175,7 +175,7 @@ def loss_correlations(
         rows.append(dict(x=xn, y=yn) | vars(c))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51a_trends.ipynb #06bd5d92
+# %% ../nbs/51a_trends.ipynb #e688c228
 def _gap_draws(preds, epsilon, by, metric, threshold, split, min_size, n_boot, seed, unit):
     "Models in order of ε, and group -> (1+n_boot, models) differences of the mean over labels to everybody else"
     if metric not in GROUP_METRICS: raise ConfigError(f'metric {metric!r} is none of {list(GROUP_METRICS)}')
@@ -223,7 +223,7 @@ def gaps_by_epsilon(
                              hi=i.hi, unit=unit, note=i.note))
     return pd.DataFrame(rows)
 
-# %% ../nbs/51a_trends.ipynb #336d752c
+# %% ../nbs/51a_trends.ipynb #275a4e61
 def gap_correlations(
     preds:Predictions,          # Predictions of several models on the same images
     epsilon:dict,               # Model -> ε; np.inf: no privacy, left out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BRSET_LABELS', 'fake_brset', 'grade_classes', 'read_brset']
 
-# %% ../../nbs/03_data.brset.ipynb #9237b94e
+# %% ../../nbs/03_data.brset.ipynb #ad6dceeb
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from .core import Records
 from .fake import fake_image, fake_people, write_csv
 from .source import as_numbers, find_file, finish, map_codes, need_parts, read_csv
 
-# %% ../../nbs/03_data.brset.ipynb #2be9c927
+# %% ../../nbs/03_data.brset.ipynb #a6857e91
 _FAKE_BRSET = ('image_id patient_id camera patient_age comorbidities diabetes_time_y insuline patient_sex exam_eye '
                'diabetes nationality optic_disc vessels macula DR_SDRG DR_ICDR focus iluminaton image_field artifacts '
                'diabetic_retinopathy macular_edema scar nevus amd vascular_occlusion hypertensive_retinopathy drusens '
@@ -42,7 +42,7 @@ def _fake_brset_table(n_patients, seed):
                    quality=np.where(row % 3, 'Adequate', 'Inadequate'))
     return df.assign(**{c: draw(1, 2) for c in _FAKE_BRSET if c not in df})[_FAKE_BRSET]
 
-# %% ../../nbs/03_data.brset.ipynb #0e89f76d
+# %% ../../nbs/03_data.brset.ipynb #06455e69
 def fake_brset(
     root:str|Path,                 # Folder to write into
     n_patients:int=20,             # At least 6
@@ -57,7 +57,7 @@ def fake_brset(
     write_csv(root/table, df, bom=True)
     return root
 
-# %% ../../nbs/03_data.brset.ipynb #23aa81e9
+# %% ../../nbs/03_data.brset.ipynb #b9b6abc3
 BRSET_LABELS = ('diabetic_retinopathy', 'macular_edema', 'scar', 'nevus', 'amd', 'vascular_occlusion',
                 'hypertensive_retinopathy', 'drusens', 'hemorrhage', 'retinal_detachment', 'myopic_fundus',
                 'increased_cup_disc', 'other')
@@ -67,7 +67,7 @@ _CODES  = ({l: {0: 0., 1: 1.} for l in BRSET_LABELS} | {c: {1: 0., 2: 1.} for c 
 _GRADES = ('DR_ICDR', 'DR_SDRG')
 _NEED   = ('image_id', 'patient_id', 'camera', 'patient_age', 'patient_sex', 'exam_eye', *_GRADES, *_CODES)
 
-# %% ../../nbs/03_data.brset.ipynb #65757b3d
+# %% ../../nbs/03_data.brset.ipynb #921f6e6e
 def grade_classes(
     grade:pd.Series,     # 0-4, NaN where ungraded
     cuts:tuple,          # First grade of each class but the lowest, rising
@@ -79,7 +79,7 @@ def grade_classes(
     n = pd.Series(np.searchsorted(cuts, grade.fillna(0), side='right'), index=grade.index, dtype=float)
     return n.where(grade.notna())
 
-# %% ../../nbs/03_data.brset.ipynb #f511bb0b
+# %% ../../nbs/03_data.brset.ipynb #52fe4b40
 _ACCESS    = 'physionet.org/content/brazilian-ophthalmological/ (credentialed)'
 _TABLES    = ('label_brset.csv', 'labels_brset.csv', 'labels.csv')
 _FOLDERS   = ('fundus_photos', 'images', 'photos')
@@ -104,7 +104,7 @@ def _brset_table(raw, folder):
     for c,codes in _CODES.items(): df[c] = map_codes(raw[c], codes, c).astype(float)
     return df
 
-# %% ../../nbs/03_data.brset.ipynb #2c88d111
+# %% ../../nbs/03_data.brset.ipynb #015b91c7
 def read_brset(
     root:str|Path,             # Folder with the table and `fundus_photos`
     labels:list=None,          # Label columns; default: `BRSET_LABELS`

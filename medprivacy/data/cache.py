@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decode_into', 'decoder_version', 'PixelCache']
 
-# %% ../../nbs/00d_data.cache.ipynb #5a6513ae
+# %% ../../nbs/00d_data.cache.ipynb #2c4f01d7
 import errno, hashlib, json, os, shutil, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from PIL import features
 
 from ..core import ConfigError, DataError, atomic_write
 
-# %% ../../nbs/00d_data.cache.ipynb #5cd0a2a4
+# %% ../../nbs/00d_data.cache.ipynb #61d8bcd9
 def decode_into(
     out:np.ndarray,        # uint8 (n,C,H,W), filled in place
     paths:list,            # n paths
@@ -36,7 +36,7 @@ def decode_into(
     else: why = list(pool.map(one, range(len(paths))))
     return {i: w for i,w in enumerate(why) if w}
 
-# %% ../../nbs/00d_data.cache.ipynb #29b1045f
+# %% ../../nbs/00d_data.cache.ipynb #c17d685d
 _FORMAT = 1     # Raised when our own decoding changes a pixel
 
 def decoder_version() -> str:    # One line
@@ -44,7 +44,7 @@ def decoder_version() -> str:    # One line
     own = [f'{p} {metadata.version(p)}' for p in ('pillow', 'pydicom', 'numpy')]
     return ', '.join([f'medprivacy format {_FORMAT}', *own, f'jpeg {features.version("libjpeg_turbo")}'])
 
-# %% ../../nbs/00d_data.cache.ipynb #1eb7081e
+# %% ../../nbs/00d_data.cache.ipynb #d9e48862
 def _line(o):
     body = json.dumps(o, separators=(',', ':')).encode()
     return b'%08x %s\n' % (zlib.crc32(body), body)
@@ -60,7 +60,7 @@ def _write_all(fd, data, at=None):
     while done < len(data):
         done += os.write(fd, data[done:]) if at is None else os.pwrite(fd, data[done:], at+done)
 
-# %% ../../nbs/00d_data.cache.ipynb #03fb752e
+# %% ../../nbs/00d_data.cache.ipynb #21e8fd2b
 _BLOCK_BYTES, _BLOCK_ROWS = 8 * 2**20, 512    # What a kill can cost: at most two blocks
 
 class PixelCache:
@@ -87,7 +87,7 @@ class PixelCache:
     def _forget(self): self.index, self.blocks, self.sound, self.broken, self._read, self.end = {}, {}, set(), [], 0, 0
     def __repr__(self): return f'PixelCache of {len(self)} images {self.shape}'
 
-# %% ../../nbs/00d_data.cache.ipynb #942ac0e8
+# %% ../../nbs/00d_data.cache.ipynb #f92703fd
 @patch
 def _add_line(self:PixelCache, o):
     "Take over one line of the journal"
@@ -117,7 +117,7 @@ def _refresh(self:PixelCache):
     for line in new.split(b'\n')[:-1]: self._add_line(_parse(line))
     for s in self.broken: self._drop(s)
 
-# %% ../../nbs/00d_data.cache.ipynb #183fad8d
+# %% ../../nbs/00d_data.cache.ipynb #02c2286e
 @patch
 def _raw(self:PixelCache):
     "The pixel file as a read-only map of bytes"
@@ -139,7 +139,7 @@ def _check(self:PixelCache, starts):
     for s in starts:
         if not ok[s]: self.broken.append(s); self._drop(s)
 
-# %% ../../nbs/00d_data.cache.ipynb #861f2dd6
+# %% ../../nbs/00d_data.cache.ipynb #0e4fe2db
 def _stats(root, paths):
     "Path → (size, mtime_ns), None where there is no such file"
     def one(p):
@@ -155,7 +155,7 @@ def _missing(self:PixelCache, stats):
     self._check(sorted({self.index[p][3] for p,s in stats.items() if same(p, s)}))
     return [p for p,s in stats.items() if not same(p, s)]
 
-# %% ../../nbs/00d_data.cache.ipynb #783266ac
+# %% ../../nbs/00d_data.cache.ipynb #3c505b97
 _NO_ROOM  = {errno.ENOSPC, errno.EFBIG, getattr(errno, 'EDQUOT', errno.ENOSPC)}
 _READONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -194,7 +194,7 @@ def _writer(self:PixelCache, need):
                             'choose another cache folder, or cache=None') from e
         raise
 
-# %% ../../nbs/00d_data.cache.ipynb #6b38a623
+# %% ../../nbs/00d_data.cache.ipynb #2b55db35
 @patch
 def _commit(self:PixelCache, fds, files, pixels):
     "Append a block of rows, then the line that makes it exist"
@@ -226,7 +226,7 @@ def _fill(self:PixelCache, fds, todo, decode, pool):
     finally: ahead.shutdown(cancel_futures=True)
     return bad
 
-# %% ../../nbs/00d_data.cache.ipynb #dce4b857
+# %% ../../nbs/00d_data.cache.ipynb #11ab7753
 @patch
 def _void_broken(self:PixelCache, fds):
     "Write down which blocks are damaged, for those who do not check"
@@ -245,7 +245,7 @@ def _update(self:PixelCache, stats, todo, decode):
         if not todo: return {}
         with ThreadPoolExecutor() as pool: return self._fill(fds, todo, decode, pool)
 
-# %% ../../nbs/00d_data.cache.ipynb #c872e685
+# %% ../../nbs/00d_data.cache.ipynb #78d00a36
 @patch
 def rows(self:PixelCache,
     paths:list,       # Relative to the root; may repeat

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESIZE', 'inside', 'kind_of', 'open_image', 'as_hw', 'load_image', 'check_sums']
 
-# %% ../../nbs/00c_data.decode.ipynb #6595fc21
+# %% ../../nbs/00c_data.decode.ipynb #5b1295f6
 import hashlib, os, stat, struct
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from ..core import ConfigError, DataError
 from .dicom import read_dicom
 
-# %% ../../nbs/00c_data.decode.ipynb #d0d616a8
+# %% ../../nbs/00c_data.decode.ipynb #377d443c
 def inside(
     root:str|Path,     # Folder that holds the data set; may be a link itself
     path:str|Path,     # Relative to `root`
@@ -30,7 +30,7 @@ def inside(
                         'copy the file below the root, or take the folder that holds it as root')
     return Path(full)
 
-# %% ../../nbs/00c_data.decode.ipynb #e1bae95c
+# %% ../../nbs/00c_data.decode.ipynb #514c8bf9
 _MOST_BYTES = 2**31
 
 def _read_bytes(path):
@@ -49,7 +49,7 @@ def _read_bytes(path):
     except (OSError, ValueError) as e: why = f'cannot be read ({e}); check the disk and the table'
     raise DataError(f'{path} {why}')
 
-# %% ../../nbs/00c_data.decode.ipynb #50e36ea1
+# %% ../../nbs/00c_data.decode.ipynb #d28f5358
 _SIGNS = ((b'\x89PNG\r\n\x1a\n', 'PNG'), (b'\xff\xd8\xff', 'JPEG'), (b'II*\0', 'TIFF'), (b'MM\0*', 'TIFF'),
           (b'BM', 'BMP'), (b'GIF8', 'GIF'), (b'%PDF', 'PDF'), (b'PK\x03\x04', 'zip archive'),
           (b'\x1f\x8b', 'gzip archive'), (b'\0\0\0\x0cjP', 'JPEG 2000'), (b'RIFF', 'WebP'))
@@ -80,7 +80,7 @@ def _check_kind(path, data):
         print(f'{Path(path).name} is a {kind} in spite of its suffix; files are read by content (told once)')
     return kind
 
-# %% ../../nbs/00c_data.decode.ipynb #9b42d43c
+# %% ../../nbs/00c_data.decode.ipynb #d6c7e83d
 _MODES = {'L': 1, '1': 1, 'LA': 1, 'RGB': 3, 'RGBA': 3, 'P': 3, 'I;16': 1, 'I;16B': 1}
 _EIGHT = np.rint(np.arange(65536)/257).astype(np.uint8)     # 16 bits to 8: 65535 → 255
 
@@ -103,7 +103,7 @@ def _check_depth(im, path, bits):
         raise DataError(f'{path} has {16 if deep else 8} bits a pixel (mode {im.mode}) where {bits} are declared; pass '
                         f'bits={16 if deep else 8} if that is what the data set holds, bits=None if it holds both')
 
-# %% ../../nbs/00c_data.decode.ipynb #6a5789a1
+# %% ../../nbs/00c_data.decode.ipynb #1a21c7fb
 def _check_open(im, path, bits):
     "All that the header of an opened image tells"
     if min(im.size) < 2:
@@ -122,7 +122,7 @@ def _check_open(im, path, bits):
     if turn not in range(9): raise DataError(f'{path} has the EXIF orientation {turn}; 1 to 8 exist: remove the tag')
     return turn >= 5     # height and width are exchanged
 
-# %% ../../nbs/00c_data.decode.ipynb #3749aff2
+# %% ../../nbs/00c_data.decode.ipynb #3f343903
 def _open_pillow(path, data, kind, channels, bits, draft):
     if kind == 'PNG': _check_png(path, data)
     try:
@@ -146,7 +146,7 @@ def _open_pillow(path, data, kind, channels, bits, draft):
         raise DataError(f'{path} cannot be read as an image ({type(e).__name__}: {e}); fetch it again or drop its '
                         'row') from e
 
-# %% ../../nbs/00c_data.decode.ipynb #36132346
+# %% ../../nbs/00c_data.decode.ipynb #3bdde5df
 def open_image(
     path:str|Path,         # A PNG, JPEG, TIFF, BMP or DICOM file
     channels:int=None,     # 1 grey, 3 colour; None: as the file
@@ -169,7 +169,7 @@ def open_image(
     if min(im.size) < 2: raise DataError(f'{path} is {im.size[0]} x {im.size[1]} pixels, no image; drop its row')
     return im.convert({1: 'L', 3: 'RGB', None: im.mode}[channels])
 
-# %% ../../nbs/00c_data.decode.ipynb #1b0434e3
+# %% ../../nbs/00c_data.decode.ipynb #e5742016
 RESIZE = ('crop', 'pad', 'squash')
 
 def as_hw(
@@ -191,7 +191,7 @@ def _fit(im, hw, resize):
         return out
     return im.resize(wh, Image.Resampling.BILINEAR, reducing_gap=2.)
 
-# %% ../../nbs/00c_data.decode.ipynb #ed721efb
+# %% ../../nbs/00c_data.decode.ipynb #2b2df58c
 def load_image(
     path:str|Path,         # A PNG, JPEG, TIFF, BMP or DICOM file
     size:int|tuple,        # Side, or (height, width), in pixels
@@ -208,7 +208,7 @@ def load_image(
     a = np.asarray(_fit(open_image(path, channels, bits=bits, draft=hw if draft else None, root=root), hw, resize))
     return a[None] if a.ndim == 2 else a.transpose(2, 0, 1)
 
-# %% ../../nbs/00c_data.decode.ipynb #952fb870
+# %% ../../nbs/00c_data.decode.ipynb #6ffd7477
 def check_sums(
     root:str|Path,                      # Folder of the data set
     sums:str='SHA256SUMS.txt',          # File below `root`: a SHA-256 and a relative path on each line

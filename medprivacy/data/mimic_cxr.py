@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_mimic_cxr', 'fake_mimic_cxr']
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #3c2ee3da
+# %% ../../nbs/05_data.mimic_cxr.ipynb #1f33f032
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from .core import Records
 from .fake import fake_image, fake_people, write_csv
 from .source import as_numbers, find_file, finish, map_codes, need_parts, read_csv
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #9632d2f4
+# %% ../../nbs/05_data.mimic_cxr.ipynb #609a8076
 _NAME   = 'mimic_cxr'
 _ACCESS = ('credentialed, https://physionet.org/content/mimic-cxr-jpg/ (training course and data use agreement); '
            'sex and age are in https://physionet.org/content/mimiciv/')
@@ -38,7 +38,7 @@ def _table(root, kind, need):
     df = read_csv(path, need)
     return df.assign(**{c: as_text(df[c]) for c in ('dicom_id', 'subject_id', 'study_id') if c in df}), path.name
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #14338b28
+# %% ../../nbs/05_data.mimic_cxr.ipynb #6bc34754
 def _study_labels(root, labels, labeler, uncertain, blank):
     "Labels decided, one row per study"
     if labeler not in ('chexpert', 'negbio', 'hand'):
@@ -49,7 +49,7 @@ def _study_labels(root, labels, labeler, uncertain, blank):
     y = uncertain_labels(df[list(labels)], uncertain, blank, name)
     return y.assign(study_id=df.study_id, label_subject=df.subject_id if 'subject_id' in df else None)
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #f4a8dd86
+# %% ../../nbs/05_data.mimic_cxr.ipynb #02f6591c
 def _images(root):
     "One row per image: ids, path, view, year, split"
     ids = ['dicom_id', 'subject_id', 'study_id']
@@ -70,7 +70,7 @@ def _images(root):
         patient_id=p, study_id=df.study_id, view=map_codes(df.ViewPosition, _VIEWS, 'ViewPosition'),
         split=split, year=pd.to_numeric(date.str[:4])))
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #a73fba15
+# %% ../../nbs/05_data.mimic_cxr.ipynb #5e870cce
 def _with_people(df, mimic_iv):
     "Add sex and age at study"
     path = find_file(mimic_iv, ('hosp/patients.csv.gz', 'hosp/patients.csv'), name='mimic_iv', access=_ACCESS)
@@ -87,7 +87,7 @@ def _with_people(df, mimic_iv):
     text = age.map('{:.0f}'.format).where(who.age <= 89, age.map('>= {:.0f}'.format))
     return df.assign(sex=who.sex.where(who.sex.notna(), None), age_raw=text.where(age.notna(), None))
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #7b6e6101
+# %% ../../nbs/05_data.mimic_cxr.ipynb #d7da9f85
 def _with_admissions(df, mimic_iv):
     "Add race and insurance where the table of admissions is there"
     path = next((p for p in (Path(mimic_iv)/'hosp'/f'admissions.csv{z}' for z in ('.gz', '')) if p.is_file()), None)
@@ -103,7 +103,7 @@ def _with_admissions(df, mimic_iv):
         df = df.assign(**{c: got.astype(object).where(got.notna(), None)})
     return df
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #b95f32fd
+# %% ../../nbs/05_data.mimic_cxr.ipynb #1b4f5160
 def _with_labels(df, y, labeler):
     "Add the labels of each image's study; with `labeler='hand'`, keep the images that have some"
     df  = df.merge(y, 'left', 'study_id', indicator='_in')
@@ -115,7 +115,7 @@ def _with_labels(df, y, labeler):
         print(f'{_NAME}: {int(none.sum())} image(s) are of studies without {labeler} labels, {what}')
     return df[~none | (labeler != 'hand')].drop(columns='label_subject')
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #5b4cf404
+# %% ../../nbs/05_data.mimic_cxr.ipynb #0e6052d3
 def read_mimic_cxr(
     root:str|Path,                # Holds `files/` and the tables `mimic-cxr-…`
     labels:list=None,             # Findings; None: all 14
@@ -140,7 +140,7 @@ def read_mimic_cxr(
     if frontal: print(f'{_NAME}: left out {int((~front).sum())} image(s) that are not PA or AP')
     return finish(df[front | (not frontal)], root, labels, name=_NAME, missing=missing, soft=soft)
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #15993909
+# %% ../../nbs/05_data.mimic_cxr.ipynb #29ca894c
 _FAKE_FINDINGS = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged Cardiomediastinum', 'Fracture',
                   'Lung Lesion', 'Lung Opacity', 'No Finding', 'Pleural Effusion', 'Pleural Other', 'Pneumonia',
                   'Pneumothorax', 'Support Devices')
@@ -158,7 +158,7 @@ def _fake_images(people):
                      for i,v in enumerate(views)]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #204e9d6c
+# %% ../../nbs/05_data.mimic_cxr.ipynb #fd28153a
 def _fake_study_labels(images, shift):
     "One row per study: the values 1, 0, -1 and blank in turn"
     df = images.drop_duplicates('study_id')
@@ -169,7 +169,7 @@ def _fake_study_labels(images, shift):
         out[l] = [v[(n + k + j + shift) % 4] for n,k in zip(df.number, df.visit)]
     return out
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #52552ee5
+# %% ../../nbs/05_data.mimic_cxr.ipynb #d96c6244
 def _fake_mimic_iv(root, people, images):
     "`hosp/patients.csv.gz` and `hosp/admissions.csv.gz`; patients ending in 3 are missing"
     sub = images.drop_duplicates('number').set_index('number').subject_id
@@ -184,7 +184,7 @@ def _fake_mimic_iv(root, people, images):
                else [(('WHITE', 'BLACK/AFRICAN AMERICAN')[p.number % 2], 'Medicaid')])]
     write_csv(root/'hosp'/'admissions.csv.gz', pd.DataFrame(adm))
 
-# %% ../../nbs/05_data.mimic_cxr.ipynb #cdff27d1
+# %% ../../nbs/05_data.mimic_cxr.ipynb #73c3ff0c
 def fake_mimic_cxr(
     root:str|Path,         # Folder to write to
     n_patients:int=20,     # Invented patients

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ODIR_CLASSES', 'fake_odir', 'eye_classes', 'read_odir']
 
-# %% ../../nbs/09_data.odir.ipynb #ccef18d1
+# %% ../../nbs/09_data.odir.ipynb #f15de562
 import re
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .core import Records
 from .fake import fake_image, fake_people, write_csv, write_xlsx
 from .source import as_numbers, find_file, finish, map_codes, need_parts, read_csv, read_xlsx
 
-# %% ../../nbs/09_data.odir.ipynb #9fdbbd09
+# %% ../../nbs/09_data.odir.ipynb #125ac5af
 _FAKE_ODIR = [  # keywords and class of the left eye, then of the right eye; '' = unusable
     ('cataract', 'C', 'normal fundus', 'N'),
     ('moderate non proliferative retinopathy，glaucoma', 'DG', 'moderate non proliferative retinopathy', 'D'),
@@ -41,7 +41,7 @@ def _fake_odir_table(n_patients, seed):
     has  = lambda c, s: int(set(s) == {'N'} if c == 'N' else c in s)
     return df.assign(**{c: [has(c, s) for s in sick] for c in 'NDGCAHMO'})
 
-# %% ../../nbs/09_data.odir.ipynb #d853b281
+# %% ../../nbs/09_data.odir.ipynb #09d7bd2c
 def _fake_odir_eyes(df):
     "One row per eye, as in the Kaggle copy"
     out = []
@@ -53,7 +53,7 @@ def _fake_odir_eyes(df):
     out[0] = out[0][out[0].ID % 7 != 6]
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/09_data.odir.ipynb #47f6e516
+# %% ../../nbs/09_data.odir.ipynb #0b9f7144
 def fake_odir(
     root:str|Path,        # Folder to write into
     n_patients:int=20,    # At least 8
@@ -72,7 +72,7 @@ def fake_odir(
     for k,name in enumerate(files): fake_image(root/folder/name, seed+k, size=(36, 44, 52)[k % 3], modality='fundus')
     return root
 
-# %% ../../nbs/09_data.odir.ipynb #50f812ba
+# %% ../../nbs/09_data.odir.ipynb #230d9968
 ODIR_CLASSES = {'N': 'normal', 'D': 'diabetes', 'G': 'glaucoma', 'C': 'cataract', 'A': 'macular degeneration',
                 'H': 'hypertension', 'M': 'myopia', 'O': 'other'}
 _WORDS = {'D': r'diabetic|proliferative retinopathy', 'G': r'glaucoma', 'C': r'cataract', 'M': r'myopi[ac]',
@@ -95,7 +95,7 @@ def eye_classes(
     if not found: out = dict.fromkeys(out, float('nan'))
     return {c: out[c] for c in ODIR_CLASSES} | {'remarks': '; '.join(k for k in keys if k in _UNUSABLE)}
 
-# %% ../../nbs/09_data.odir.ipynb #37feb883
+# %% ../../nbs/09_data.odir.ipynb #44b52020
 _EYES = {'L': 'Left', 'R': 'Right'}
 _NEED = ('ID', 'Patient Age', 'Patient Sex',
          *[f'{e}-{c}' for e in _EYES.values() for c in ('Fundus', 'Diagnostic Keywords')], *ODIR_CLASSES)
@@ -126,7 +126,7 @@ def _named(eyes, raw):
     if lost: raise DataError(f'odir: filename {lost[:3]} is neither a left nor a right fundus of its patient')
     return eyes[eyes.image_id.isin(names)].reset_index(drop=True)
 
-# %% ../../nbs/09_data.odir.ipynb #6bc062c4
+# %% ../../nbs/09_data.odir.ipynb #1d997234
 def _check_patients(people, eyes):
     "Compare the classes of both eyes with those of the patient, and say how many patients differ"
     sick = [c for c in ODIR_CLASSES if c != 'N']
@@ -140,7 +140,7 @@ def _check_patients(people, eyes):
 
 def _with_classes(eyes): return pd.concat([eyes, pd.DataFrame([eye_classes(k) for k in eyes.keywords])], axis=1)
 
-# %% ../../nbs/09_data.odir.ipynb #027e7b34
+# %% ../../nbs/09_data.odir.ipynb #413299e1
 _ACCESS  = 'odir2019.grand-challenge.org (registration)'
 _TABLES  = ('ODIR-5K_Training_Annotations(Updated)_V2.xlsx', 'ODIR-5K_Training_Annotations*.xlsx', 'full_df.csv')
 _FOLDERS = ('ODIR-5K_Training_Dataset', 'ODIR-5K_Training_Images', 'Training Images', 'ODIR-5K/ODIR-5K/Training Images',
@@ -163,7 +163,7 @@ def _usable(eyes, unusable):
               ('left out' if unusable == 'drop' else 'kept, see the column remarks'))
     return eyes[~bad] if unusable == 'drop' else eyes
 
-# %% ../../nbs/09_data.odir.ipynb #d90cb4d8
+# %% ../../nbs/09_data.odir.ipynb #b6acf520
 def read_odir(
     root:str|Path,            # Folder with the table and the photographs
     labels:list=None,         # Label columns; default: the eight classes, N to O, of the eye

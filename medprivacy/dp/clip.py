@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLIPPING', 'ClippedBatch', 'sample_losses', 'clipped_batch', 'clipped_gradient', 'check_model']
 
-# %% ../../nbs/40a_dp.clip.ipynb #6c35d779
+# %% ../../nbs/40a_dp.clip.ipynb #463a57d8
 from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
@@ -18,7 +18,7 @@ from ..core import ConfigError, UnsupportedUnderDP
 from .layers import instantiate, measure, sq_norms
 from .tape import NeedsFunctional, Tape, functional_grads, unseen_uses, watch_module
 
-# %% ../../nbs/40a_dp.clip.ipynb #1cf2bd1b
+# %% ../../nbs/40a_dp.clip.ipynb #71733094
 class _Samples:
     "Collects, in the backward pass, what norms and sums are made of"
     def __init__(self, names, n):
@@ -56,7 +56,7 @@ def _finish(s):
             s.sq[p] = sq_norms(g)
             s.kept.append((p, g))
 
-# %% ../../nbs/40a_dp.clip.ipynb #daa28615
+# %% ../../nbs/40a_dp.clip.ipynb #e1a3c566
 _FUNCTIONAL = WeakKeyDictionary()   # Model → names of layers that torch.func differentiates
 
 def _take_over(model, error):
@@ -84,7 +84,7 @@ def _forward(model, xb, samples, rows):
         finally:
             for h in handles: h.remove()
 
-# %% ../../nbs/40a_dp.clip.ipynb #d817994f
+# %% ../../nbs/40a_dp.clip.ipynb #17675ac0
 CLIPPING = 'flat', 'automatic', 'layer'
 
 def _factors(sq, names, c, clipping):
@@ -118,7 +118,7 @@ def _weighted(s, factors, bad=None):
             out[p] = o.total(f)
     return out
 
-# %% ../../nbs/40a_dp.clip.ipynb #d1048ab5
+# %% ../../nbs/40a_dp.clip.ipynb #ceee7d9f
 @dataclass(frozen=True)
 class ClippedBatch:
     "The clipped gradient of a batch and what a training loop shows of it"
@@ -145,7 +145,7 @@ def sample_losses(
         return loss.reshape(())
     return torch.stack([one(i) for i in range(len(yb[0]))])
 
-# %% ../../nbs/40a_dp.clip.ipynb #7afde4d4
+# %% ../../nbs/40a_dp.clip.ipynb #39bed30b
 def _same(a, b, tol=1e-2):
     "Equal up to rounding, or not comparable"
     err,size = (a-b).abs().max(), b.abs().max()
@@ -175,7 +175,7 @@ def _check_sum(s, whole):
             raise UnsupportedUnderDP(f'at {s.names[p]} the gradients of the images do not add up to that of the batch: '
                                      'the layer is used in a way that cannot be followed')
 
-# %% ../../nbs/40a_dp.clip.ipynb #2e3b3c7c
+# %% ../../nbs/40a_dp.clip.ipynb #2d65095d
 def _piece(model, loss_func, xb, yb, max_grad_norm, clipping, views, check):
     "`ClippedBatch` of one physical batch"
     n = len(yb[0])
@@ -197,7 +197,7 @@ def _piece(model, loss_func, xb, yb, max_grad_norm, clipping, views, check):
     sums = _weighted(s, factors, None if norms.isfinite().all() else ~norms.isfinite())
     return ClippedBatch({s.names[p]: g for p,g in sums.items()}, norms, losses.detach(), _detach(pred))
 
-# %% ../../nbs/40a_dp.clip.ipynb #fc7ed60f
+# %% ../../nbs/40a_dp.clip.ipynb #80163aa0
 def clipped_batch(
     model:nn.Module,          # In the mode it is trained in
     loss_func:Callable,       # loss(pred, *targets) → one number
@@ -243,7 +243,7 @@ def clipped_gradient(
     o = clipped_batch(model, loss_func, as_tuple(x), as_tuple(y), max_grad_norm, clipping=clipping, views=views)
     return o.grads, o.norms
 
-# %% ../../nbs/40a_dp.clip.ipynb #933ad341
+# %% ../../nbs/40a_dp.clip.ipynb #1c8cbf22
 def check_model(
     model:nn.Module,    # About to be trained privately
 ) -> None:

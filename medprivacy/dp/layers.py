@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['sq_norms', 'LinearTerm', 'ConvTerm', 'AffineTerm', 'GroupNormTerm', 'EmbeddingTerm', 'instantiate', 'measure']
 
-# %% ../../nbs/39_dp.layers.ipynb #aeb5a4fa
+# %% ../../nbs/39_dp.layers.ipynb #68b70479
 import itertools, math, time
 from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/39_dp.layers.ipynb #f939f2dd
+# %% ../../nbs/39_dp.layers.ipynb #cd0c49e9
 def _wide(t): return torch.float32 if t.device.type == 'mps' else torch.float64
 
 def sq_norms(
@@ -27,7 +27,7 @@ def sq_norms(
     blocks = torch.linalg.vector_norm(g[:,:k].unflatten(1, (-1,1024)), dim=2).to(_wide(g))
     return end + blocks.square().sum(1)
 
-# %% ../../nbs/39_dp.layers.ipynb #f8d5e6fb
+# %% ../../nbs/39_dp.layers.ipynb #e338ce29
 def _gram_norms(a, g, n):
     "Squared norms from products of positions, (m,Q,T) and (m,O,T) with m a multiple of n; and their diagonal sums"
     return _from_grams(torch.bmm(a.transpose(1,2), a), torch.bmm(g.transpose(1,2), g), n)
@@ -60,7 +60,7 @@ class LinearTerm:
     def total(self, c): return (self.g*c[:,None,None]).flatten(0,1).T @ self.a.flatten(0,1)
     def bias(self): return self.g.sum(1)
 
-# %% ../../nbs/39_dp.layers.ipynb #d53ea534
+# %% ../../nbs/39_dp.layers.ipynb #ba145458
 def _conv_weight_grad(a, g, shape, spec, groups):
     "torch's gradient of a convolution's weight of the given shape"
     d, w = len(spec['stride']), a.new_empty(1).expand(shape)
@@ -89,7 +89,7 @@ def _pixel_gram(a, shape, out, spec):
         total = part.clone(memory_format=torch.contiguous_format) if total is None else total.add_(part)
     return total.view(len(a), math.prod(out), -1)
 
-# %% ../../nbs/39_dp.layers.ipynb #b1767102
+# %% ../../nbs/39_dp.layers.ipynb #9a71fb69
 class ConvTerm:
     "Weight of a convolution: input (rows,C,*), output gradient (rows,O,*)"
     def __init__(self,
@@ -144,7 +144,7 @@ class ConvTerm:
 
 def _sizes(a, spec): return [s+2*p for s,p in zip(a.shape[2:], spec['padding'])]
 
-# %% ../../nbs/39_dp.layers.ipynb #04d0a124
+# %% ../../nbs/39_dp.layers.ipynb #f40f9fa3
 class AffineTerm:
     "Scale and shift after a normalisation: the normalised input and the output gradient, channels in `axis`"
     def __init__(self,
@@ -193,7 +193,7 @@ class GroupNormTerm:
         return self._both
     def bias(self): return self.both()[1]
 
-# %% ../../nbs/39_dp.layers.ipynb #b701b933
+# %% ../../nbs/39_dp.layers.ipynb #f5becde8
 class EmbeddingTerm:
     "Table of an embedding: ids (rows,*), output gradient (rows,*,D)"
     def __init__(self,
@@ -226,7 +226,7 @@ class EmbeddingTerm:
         g = (self.g*c[:,None,None]).flatten(0,1)
         return g.new_zeros(self.shape).index_add_(0, self.a.flatten(), g)
 
-# %% ../../nbs/39_dp.layers.ipynb #0f07ebb4
+# %% ../../nbs/39_dp.layers.ipynb #3afd675e
 _CHOICES = {}   # Shapes → (ghost or None, way, keep the gradients)
 _DIGITS  = 20   # How far the sum of a ghost norm's diagonal may be above its result
 
@@ -262,7 +262,7 @@ def _choose(term):
 
 def _key(term): return (*term.key, term.n.bit_length(), term.g.dtype, str(term.g.device), torch.get_num_threads())
 
-# %% ../../nbs/39_dp.layers.ipynb #518c838a
+# %% ../../nbs/39_dp.layers.ipynb #475ebfb3
 def instantiate(
     term:object,        # `LinearTerm`, `ConvTerm`, …
 ) -> torch.Tensor:      # Gradient of each image (n,…)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NeedsFunctional', 'Use', 'Tape', 'watch_module', 'functional_grads', 'unseen_uses']
 
-# %% ../../nbs/39a_dp.tape.ipynb #c4f48181
+# %% ../../nbs/39a_dp.tape.ipynb #5bbaf531
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..core import UnsupportedUnderDP
 from .layers import AffineTerm, ConvTerm, EmbeddingTerm, GroupNormTerm, LinearTerm
 
-# %% ../../nbs/39a_dp.tape.ipynb #7363c047
+# %% ../../nbs/39a_dp.tape.ipynb #902850c1
 def _tuple(v, d): return tuple(v) if isinstance(v, (tuple,list)) else (v,)*d
 
 def _linear(input, weight, bias=None):
@@ -43,7 +43,7 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2., sca
     i = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0]+padding_idx
     return input, weight, None, lambda a,g,n: EmbeddingTerm(a, g, n, shape=weight.shape, padding_idx=i)
 
-# %% ../../nbs/39a_dp.tape.ipynb #1c0e6444
+# %% ../../nbs/39a_dp.tape.ipynb #49b3655e
 def _affine(input, weight, bias, normalise, axes):
     "Rule of a norm layer with its parameters on `axes`, from the layer without them"
     like = weight if weight is not None else bias
@@ -75,7 +75,7 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     still = lambda a: F.batch_norm(a, running_mean, running_var, None, None, False, 0., eps)
     return _affine(input, weight, bias, still, (1,))
 
-# %% ../../nbs/39a_dp.tape.ipynb #aa08d2fc
+# %% ../../nbs/39a_dp.tape.ipynb #30bd66be
 _RULES = {F.linear: _linear, F.embedding: _embedding, F.layer_norm: _layer_norm,
           torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
           F.group_norm: _group_norm, F.instance_norm: _instance_norm, F.batch_norm: _batch_norm}
@@ -99,7 +99,7 @@ def _zero_padded(func, args, kwargs):
         kw['input'] = F.pad(kw['input'], [p for t in reversed(total) for p in (t//2, t-t//2)])
     return (), {**kw, 'padding': 0}
 
-# %% ../../nbs/39a_dp.tape.ipynb #20f6c27c
+# %% ../../nbs/39a_dp.tape.ipynb #89db8ada
 class NeedsFunctional(Exception):
     "Parameters meet the activations in a way that has no rule"
     def __init__(self,
@@ -151,7 +151,7 @@ class Tape(TorchFunctionMode):
         if self.off or not torch.is_grad_enabled(): return func(*args, **kwargs)
         return _handle(self, func, args, kwargs)
 
-# %% ../../nbs/39a_dp.tape.ipynb #7c641344
+# %% ../../nbs/39a_dp.tape.ipynb #c3121413
 def _tensors(args, kwargs):
     "Tensors among the arguments, one level of lists included"
     out = []
@@ -196,7 +196,7 @@ def _watch(tape, out, use, data):
     tape.taken.update(id(t) for t in (use.weight, use.bias) if t is not None)
     return out
 
-# %% ../../nbs/39a_dp.tape.ipynb #38a9106c
+# %% ../../nbs/39a_dp.tape.ipynb #e66938bb
 def _check_rows(tape, rows, what):
     if rows != tape.rows:
         raise UnsupportedUnderDP(f'{what} was called on {rows} rows, not on the {tape.rows} images '
@@ -253,7 +253,7 @@ def _expansion(tape, func, args, kwargs, p):
     if len(out)!=tape.rows or args[0] is not p or not same: return None
     return _tap(tape, p, out)
 
-# %% ../../nbs/39a_dp.tape.ipynb #426a6a32
+# %% ../../nbs/39a_dp.tape.ipynb #43bbd7a6
 def watch_module(
     tape:Tape,         # Not yet open
     module:nn.Module,  # A layer without a rule
@@ -307,7 +307,7 @@ def functional_grads(
         out  = {n: torch.stack([e[n] for e in each]) for n in names}
     return {p: out[n] for n,p in names.items()}
 
-# %% ../../nbs/39a_dp.tape.ipynb #26491a87
+# %% ../../nbs/39a_dp.tape.ipynb #61e1df90
 def unseen_uses(
     losses:torch.Tensor,  # What will be differentiated
     params:dict,          # Parameter → name
