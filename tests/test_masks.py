@@ -162,7 +162,7 @@ def step_of_attackers(x, y):
     torch.manual_seed(0)
     net = nn.ModuleList([nn.Linear(4, 1).double()])
     cb  = AttackersCallback(1)
-    cb.learn = SimpleNamespace(model=SimpleNamespace(attackers=net, exposed=x, sight=lambda e: e), yb=(y,))
+    cb.learn = SimpleNamespace(cbs=[], model=SimpleNamespace(attackers=net, exposed=x, sight=lambda e: e), yb=(y,))
     cb.before_fit(); cb.after_step()
     return net[0].weight.detach().clone()
 
