@@ -58,7 +58,6 @@ class ViewmakerGame(nn.Module):
         self.trained   = disease is not None
         self.disease   = disease.requires_grad_(False) if self.trained else create_classifier('small_resnet', n_labels,
                                                                                               channels)
-        self.to(memory_format=torch.channels_last)    # half the time of a step on a CPU, less still in bfloat16
     def train(self, mode=True):
         super().train(mode)
         if self.trained: self.disease.eval()    # or its norms would drift with the images of the maker

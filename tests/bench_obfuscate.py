@@ -11,6 +11,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '2')
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from copy import deepcopy
 
 warnings.filterwarnings('ignore')
@@ -68,7 +69,8 @@ class Ours:
         game = ViewmakerGame(maker, (ARCHS['attacker'],), LABELS, CHANNELS, disease).to(next(maker.parameters()).dtype)
         game.attackers[0].load_state_dict(attacker.state_dict())
         dls = DataLoaders(*[DataLoader(TensorDataset(*batch(px, 2)), batch_size=2)]*2)
-        self.learn, self.precision = game_learner(dls, game, 'negative', attacker_steps=1, attackers_first=True), 'bf16' if bf16 else 'fp32'
+        self.learn, self.open = game_learner(dls, game, 'negative', attacker_steps=1, attackers_first=True), ExitStack()
+        self.open.enter_context(in_precision('bf16' if bf16 else 'fp32', game, *game.attackers))    # open as long as a fit is
         cb = self.learn.attackers
         cb.before_fit()
         self.learn.create_opt(); self.learn.opt.set_hypers(lr=LR, wd=0.)
@@ -80,9 +82,8 @@ class Ours:
         learn, game = self.learn, self.learn.model
         game.train(); learn.training = True; learn.xb, learn.yb = (x,), (sex, y)
         torch.manual_seed(seed)
-        with in_precision(self.precision, game, *game.attackers):
-            self.cb.before_batch()
-            loss = learn.loss_func(game(x), sex, y)
+        self.cb.before_batch()
+        loss = learn.loss_func(game(x), sex, y)
         loss.backward()
         learn.opt.step(); learn.opt.zero_grad()
         self.cb.after_step()
