@@ -17,8 +17,9 @@ from medprivacy.data.phantom import tiny_records
 from medprivacy.models.viewmaker import Viewmaker
 from medprivacy.objectives.adversarial import AdversarialNCELoss, AdversarialSimCLRLoss
 from medprivacy.objectives.contrast import MemoryBank
-from medprivacy.pretrain import (AdversaryCallback, EachImage, KNNMetric, PretrainLoss, ViewsEncoder, create_encoder, expert_views,
-                                 head_name, knn_accuracy, knn_scores, load_pretrained, pretrain, pretrain_dls, pretrain_learner)
+from medprivacy.neighbours import KNNMetric, knn_accuracy, knn_scores
+from medprivacy.pretrain import (AdversaryCallback, EachImage, PretrainLoss, ViewsEncoder, create_encoder, expert_views,
+                                 head_name, load_pretrained, pretrain, pretrain_dls, pretrain_learner)
 
 
 @pytest.fixture(scope='module')
