@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'data_facts', 'CheckpointCallback', 'checkpoint_cbs', 'check_precision', 'in_precision']
 
-# %% ../nbs/22a_train.ipynb #5a66b8d7
+# %% ../nbs/22a_train.ipynb #4c2e29dd
 import hashlib, json, random
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import nn
 from .core import CheckpointError, ConfigError, UnsupportedUnderDP, atomic_write
 from .data.load import RecordsDataset
 
-# %% ../nbs/22a_train.ipynb #e1d4d372
+# %% ../nbs/22a_train.ipynb #384b5312
 class _Opaque(TypeError): "A value that is neither data nor a container of data"
 
 def _dtype(name): return getattr(torch, name)
@@ -54,7 +54,7 @@ def _pack(o, out):
     if isinstance(o, dict): return dict(pairs=[[_pack(k, out), _pack(v, out)] for k,v in o.items()])
     raise _Opaque(f'{type(o).__name__} cannot be stored')
 
-# %% ../nbs/22a_train.ipynb #9a3aa0f5
+# %% ../nbs/22a_train.ipynb #19b36e72
 def _unpack(o, tensors, device='cpu'):
     "What `_pack` was given"
     if not isinstance(o, (dict, list)): return o
@@ -69,7 +69,7 @@ def _unpack(o, tensors, device='cpu'):
     if 'items' in o:  return {'L': L, 'list': list, 'tuple': tuple}[o['items']](v)
     return {'float': lambda: v.tolist(), 'np': lambda: list(v.numpy()), 'tensor': lambda: list(v.unbind())}[o['many']]()
 
-# %% ../nbs/22a_train.ipynb #acdd680e
+# %% ../nbs/22a_train.ipynb #60e1f1f2
 def _write(file, state):
     out = {}
     text = json.dumps(_pack(state, out))
@@ -84,7 +84,7 @@ def _read(file, device):
         raise CheckpointError(f'{file} is no readable checkpoint ({type(e).__name__}: {e}); remove it to start '
                               f'anew') from e
 
-# %% ../nbs/22a_train.ipynb #bfd92b99
+# %% ../nbs/22a_train.ipynb #94dbebfb
 def _hash(*parts):
     h = hashlib.sha256()
     for p in parts: h.update(p if isinstance(p, bytes) else repr(p).encode())
@@ -106,7 +106,7 @@ def _pixels(ds, step=1024):
     for i in range(0, len(ds), step): h.update(ds.store[ds.rows[i:i+step]].contiguous().numpy())
     return h.hexdigest()[:16]
 
-# %% ../nbs/22a_train.ipynb #ca77eea4
+# %% ../nbs/22a_train.ipynb #882ce633
 def data_facts(
     dls:DataLoaders,    # Any loaders; images and patients are known of those from `records_dls`
 ) -> dict:              # Name → number or hash; no patient can be read from it
@@ -123,7 +123,7 @@ def data_facts(
             facts[f'{name} data'] = _hash(*(t.cpu().contiguous().numpy().tobytes() for t in tensors))
     return facts
 
-# %% ../nbs/22a_train.ipynb #8816e956
+# %% ../nbs/22a_train.ipynb #f5a4b8fc
 _NO_STATE = (TrainEvalCallback, Recorder, ProgressCallback)
 
 def _fit_facts(learn):
@@ -149,7 +149,7 @@ def _check_facts(new, old, file):
         raise CheckpointError(f'{file} belongs to another training, {len(diff)} fact(s) differ ({said}); use the same '
                               f'settings and data, or another folder')
 
-# %% ../nbs/22a_train.ipynb #2442c298
+# %% ../nbs/22a_train.ipynb #512eb10a
 def _generators(learn):
     mods = [m for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module) for m in o.modules()]
     held = [v for m in mods for v in vars(m).values() if isinstance(v, torch.Generator)]
@@ -169,7 +169,7 @@ def _set_random_state(learn, s):
         if r is not None: dl.rng.setstate(r)
     for g,r in zip(_generators(learn), s['generators']): g.set_state(r)
 
-# %% ../nbs/22a_train.ipynb #d43f7fe0
+# %% ../nbs/22a_train.ipynb #95192869
 def _state_of(o, learn):
     "Data of one attribute, or `_Opaque`"
     if o is learn or o is learn.model: raise _Opaque('stored elsewhere')
@@ -203,7 +203,7 @@ def _set_attributes(cb, state):
         elif hasattr(type(o), 'load_state_dict'): o.load_state_dict(v)
         else: vars(cb)[k] = v
 
-# %% ../nbs/22a_train.ipynb #4b146dae
+# %% ../nbs/22a_train.ipynb #8d971a5e
 _LEARNER = ('pct_train', 'train_iter', 'smooth_loss', 'loss')
 
 def _kept(learn): return {cb.name: cb for cb in learn.cbs if not isinstance(cb, (ProgressCallback, CheckpointCallback))
@@ -231,7 +231,7 @@ def _set_state(learn, s):
     for n,cb in _kept(learn).items(): _set_attributes(cb, s['callbacks'][n])
     _set_random_state(learn, s['random'])
 
-# %% ../nbs/22a_train.ipynb #77403237
+# %% ../nbs/22a_train.ipynb #48ffbd38
 class CheckpointCallback(Callback):
     "Store the whole state of a fit every so many steps, and go on from it"
     order, run_valid = EarlyStoppingCallback.order + 1000, False    # last: it stores what all others left behind
@@ -280,7 +280,7 @@ class CheckpointCallback(Callback):
         _write(self.file, dict(facts=self.known, epoch=self.epoch, batch=self.iter+1, begun=self.begun,
                                state=_state(self.learn)))
 
-# %% ../nbs/22a_train.ipynb #704d00d7
+# %% ../nbs/22a_train.ipynb #e8cdde3f
 def _refuse(cb):
     "What a checkpoint cannot do, before anything is read"
     if cb.still:
@@ -305,7 +305,7 @@ def checkpoint_cbs(
     if folder is None and resume: raise ConfigError('resume=True needs checkpoint=, the folder of the state')
     return [] if folder is None else [CheckpointCallback(folder, every, resume, facts)]
 
-# %% ../nbs/22a_train.ipynb #456f5de5
+# %% ../nbs/22a_train.ipynb #7437463d
 PRECISIONS = ('fp32', 'bf16')
 
 def check_precision(
