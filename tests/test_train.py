@@ -44,7 +44,7 @@ def ordinary(recs, cbs, checkpoint=None, every=1, resume=False):
     dls   = records_dls(recs, 'labels', 32, 4, device='cpu')
     model = nn.Sequential(create_classifier('small_resnet', len(recs.labels), 1), nn.Dropout(.4))
     learn = Learner(dls, model, loss_func=MaskedBCE(), opt_func=lambda p, **kw: OptimWrapper(p, torch.optim.RMSprop, **kw),
-                    cbs=[GradientAccumulation(12), *cbs, *checkpoint_cbs(checkpoint, every, resume)])
+                    cbs=[GradientAccumulation(8), *cbs, *checkpoint_cbs(checkpoint, every, resume)])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-3)
     return model.state_dict(), [list(v) for v in learn.recorder.values]
 
@@ -112,7 +112,7 @@ def kills(name, root, seed):
         print(json.dumps(dict(moment=m, same=same(whole, got), left=left)), flush=True)
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in ('viewmaker', 'first') else n for n in TRAININGS])
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in ('probe', 'viewmaker', 'first') else n for n in TRAININGS])
 def test_killed_and_continued(name):
     import subprocess
     out = subprocess.run([sys.executable, __file__, name, str(random.SystemRandom().randrange(10**6))], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
