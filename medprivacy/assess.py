@@ -9,7 +9,6 @@ __all__ = ['PAIRED', 'joined', 'Assessment', 'assess', 'p_text', 'paper_tables',
 import json
 from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 
 from .calibration import calibration_table

@@ -7,7 +7,6 @@ __all__ = ['shuffle_attribute', 'attack_attribute', 'GaussianNoise', 'mean_chang
 
 # %% ../nbs/31_attack.ipynb #1a1f3fd2
 import numpy as np
-import pandas as pd
 import torch
 
 from .core import ConfigError, DataError, LeakageError, seed_everything

@@ -13,7 +13,7 @@ from .core import ConfigError, DataError
 from .data.core import Predictions
 from .evaluate import scores_of
 from .metrics import mean_over_labels, n_units
-from .resample import Units, bootstrap_sums, interval, unit_sums, units_of
+from .resample import bootstrap_sums, interval, unit_sums, units_of
 from .thresholds import check_scores
 
 # %% ../nbs/50c_calibration.ipynb #70673d92

@@ -17,13 +17,11 @@ from .assess import assess, joined, write_assessment
 from .core import (ConfigError, MedPrivacyError, Run, add_config, add_record, add_summary, open_run,
                              pick_device)
 from .data.core import Predictions, load_predictions
+from .inputs import check_data, check_unit, study_records
 from .obfuscate import Obfuscator
 from .report import report
 from .settings import check_epsilons, check_settings, read_options
-from .study import (attack_stage, check_data, check_unit, demo_stages, headline, obfuscate_stage,
-                              picture_stage,
-                              study_records,
-                              train_stage, utility_stage)
+from .study import attack_stage, demo_stages, obfuscate_stage, picture_stage, train_stage, utility_stage
 
 # %% ../nbs/70_cli.ipynb #9b2fa2b5
 def _one_line_errors(f):

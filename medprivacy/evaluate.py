@@ -18,8 +18,8 @@ from .core import ConfigError, DataError
 from .data.core import Predictions
 from .metrics import (METRICS, area_draws, areas, known_pairs, mean_over_labels, metric_draws,
                                 metric_left_out, n_units, why_missing)
-from .rank import auroc_influence, fake_predictions
-from .resample import Interval, holm, influence_of, interval, resample_counts, two_sided_p, units_of
+from .rank import auroc_influence
+from .resample import Interval, holm, influence_of, interval, two_sided_p, units_of
 from .thresholds import check_scores, rate_threshold, sensitivity_threshold, youden_threshold
 
 # %% ../nbs/50_evaluate.ipynb #be7f24d7

@@ -7,7 +7,6 @@ __all__ = ['EVIDENCE', 'NOISE_FLOOR', 'TERMS', 'NON_CLAIMS', 'with_interval', 's
            'control_findings', 'privacy_terms', 'utility_findings', 'non_claims']
 
 # %% ../nbs/61a_findings.ipynb #5679290e
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 

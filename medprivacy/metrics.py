@@ -14,7 +14,7 @@ import numpy as np
 
 from .core import DataError
 from .rank import blocks_auprc, blocks_auroc, exact_dtype, pr_blocks, roc_blocks
-from .resample import Units, bootstrap_sums, influence_of, left_out, resample_counts, units_of
+from .resample import Units, bootstrap_sums, left_out, resample_counts, units_of
 from .thresholds import check_scores, confusion, rates
 
 # %% ../nbs/49c_metrics.ipynb #6aad74a6

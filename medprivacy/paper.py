@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import ConfigError, DataError, Run, add_record, atomic_write, open_run
+from .core import ConfigError, DataError, Run, atomic_write, open_run
 from .findings import with_interval
 
 # %% ../nbs/61c_paper.ipynb #a97a327d

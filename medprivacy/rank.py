@@ -16,7 +16,7 @@ from scipy.stats import norm, rankdata
 
 from .core import ConfigError
 from .data.core import Predictions
-from .resample import Units, units_of
+from .resample import Units
 
 # %% ../nbs/49b_rank.ipynb #45b082aa
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner, Metric, Recorder
+from fastai.learner import Metric, Recorder
 from fastai.torch_core import to_float
 from fastcore.foundation import L
 from safetensors import safe_open

@@ -28,10 +28,10 @@ from torchvision.transforms import v2
 
 from .core import ConfigError, DataError, seed_everything
 from .data.core import Predictions, Records, make_predictions
-from .data.load import RecordsDL, records_dls
+from .data.load import records_dls
 from .models.resnet import SmallResNet
 from .pretrain import EachImage, head_name
-from .probe import KeepBestCallback, learning_curve, probe_learner, train_probe
+from .probe import learning_curve, probe_learner, train_probe
 
 # %% ../nbs/33_transfer.ipynb #a307207c
 FEATURES = ('pooled', 'map')

@@ -17,8 +17,8 @@ from .core import DataError
 from .data.clean import AGE_BANDS
 from .data.cohort import count_people
 from .data.core import SPLITS
-from .draw import (fold, half_width, is_half, legend_above, level_line, new_axes, pt, settle_ticks,
-                             sizes_text, styled, tidy, whiskers)
+from .draw import (fold, is_half, legend_above, level_line, new_axes, pt, settle_ticks, sizes_text, styled,
+                             tidy, whiskers)
 from .figures import plot_calibration, plot_eps_auroc, plot_eps_gap, plot_size    # so that all are found here
 from .style import Look, look, need_columns
 

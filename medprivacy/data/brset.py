@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import ConfigError, DataError
+from ..core import ConfigError
 from .clean import as_text
 from .core import Records
 from .fake import fake_image, fake_people, write_csv

@@ -19,7 +19,7 @@ from ..core import ConfigError, DataError
 from .core import Records
 from .fake import fake_image, fake_people, write_csv
 from .source import say_counts, finish, map_codes, need_parts, read_csv
-from .split import split_patients
+from .split import complete_split
 
 # %% ../../nbs/04_data.chexpert.ipynb #cd9547a2
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def carve_valid(
 ) -> Records:            # The same rows; train patients are divided into train and valid
     "Move some of the training patients to the split `valid`"
     if not 0 <= valid < 1: raise ConfigError(f'valid must be a share in [0,1), got {valid}')
-    if not valid: return records
-    train = split_patients(records.select(split='train'), (1-valid, valid, 0), seed=seed, attack=0).df
-    return records.with_split(records.df.image_id.map(train.set_index('image_id').split).fillna(records.df.split))
+    return complete_split(records, (1-valid, valid, 0), seed=seed, attack=0)
 
 # %% ../../nbs/04_data.chexpert.ipynb #722fe9d4
 _FAKE_HEAD   = ['Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA']

@@ -23,7 +23,7 @@ from ..core import BudgetError, ConfigError, UnsupportedUnderDP
 from ..models.resnet import make_private_ready
 from .account import ACCOUNTANTS, PrivacySpent, epsilon, noise_multiplier_for
 from .clip import check_model, clipped_batch
-from .sample import PoissonDL, PoissonSampler, fetch_rows, loader_bs, train_rows
+from .sample import PoissonDL, PoissonSampler, loader_bs, train_rows
 
 # %% ../../nbs/41_dp.callback.ipynb #104b69cf
 def _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit, physical_bs, accountant, epochs):

@@ -7,7 +7,6 @@ __all__ = ['sq_norms', 'LinearTerm', 'ConvTerm', 'AffineTerm', 'GroupNormTerm', 
 
 # %% ../../nbs/39_dp.layers.ipynb #68b70479
 import itertools, math, time
-from collections import defaultdict
 
 import torch
 import torch.nn.functional as F

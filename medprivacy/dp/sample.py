@@ -8,7 +8,6 @@ __all__ = ['PoissonSampler', 'fetch_rows', 'PoissonDL', 'train_rows', 'loader_bs
 # %% ../../nbs/40c_dp.sample.ipynb #4508c707
 import numpy as np
 import pandas as pd
-import torch
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device

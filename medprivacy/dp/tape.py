@@ -302,7 +302,7 @@ def functional_grads(
     try:
         with warnings.catch_warnings(action='ignore'):   # torch's, of functions that vmap is slow with
             out = torch.func.vmap(grad, in_dims=(None, 0, *[0]*len(own)))(values, g, *own)
-    except (RuntimeError, ValueError, NotImplementedError, IndexError):
+    except (RuntimeError, ValueError, IndexError):   # what vmap says of functions that it cannot map: one by one, then
         each = [grad(values, g[i], *[t[i] for t in own]) for i in range(rows)]
         out  = {n: torch.stack([e[n] for e in each]) for n in names}
     return {p: out[n] for n,p in names.items()}

@@ -7,7 +7,6 @@ __all__ = ['ATTACKS', 'ObfuscationLoss', 'AdversarialSimCLRLoss', 'AdversarialNC
 
 # %% ../../nbs/22_objectives.adversarial.ipynb #10c7e6ec
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..core import ConfigError
