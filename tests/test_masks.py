@@ -15,8 +15,9 @@ from medprivacy.compare import delong_test, paired_table
 from medprivacy.data.core import Predictions, Records
 from medprivacy.data.load import target_values
 from medprivacy.dp.clip import clipped_batch, clipped_gradient
-from medprivacy.evaluate import (auprc, auroc, auroc_ci, bootstrap_auroc, choose_thresholds, fake_predictions, metrics_table,
+from medprivacy.evaluate import (auprc, auroc, auroc_ci, bootstrap_auroc, choose_thresholds, metrics_table,
                                  paired_test)
+from medprivacy.rank import fake_predictions
 from medprivacy.fairness import against_rest, by_group, gaps
 from medprivacy.leakage import age_errors, leakage, leakage_table, strongest_leakage
 from medprivacy.objectives.adversarial import ATTACKS, ObfuscationLoss
