@@ -6,7 +6,7 @@
 __all__ = ['DPCallback']
 
 # %% ../../nbs/41_dp.callback.ipynb #50ec40e7
-import secrets
+import hashlib, secrets
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..core import BudgetError, ConfigError, UnsupportedUnderDP
 from ..models.resnet import make_private_ready
 from .account import ACCOUNTANTS, PrivacySpent, epsilon, noise_multiplier_for
 from .clip import check_model, clipped_batch
+from .parallel import SharedDraws, check_same, mean_loss, noisy_sum, same_weights
 from .sample import PoissonDL, PoissonSampler, loader_bs, train_rows
 
 # %% ../../nbs/41_dp.callback.ipynb #104b69cf
@@ -130,12 +131,19 @@ _CONFLICTS = [
      'MixUp and CutMix put the images of two patients in one gradient: remove the callback')]
 _PARALLEL = {'DistributedTrainer', 'ParallelTrainer'}   # By name: their module needs accelerate
 
+def _rank_facts(cb):
+    "What must be equal on all ranks"
+    rows = hashlib.sha256(cb.sampler.rows.tobytes()+cb.sampler.counts.tobytes()).hexdigest()[:16]
+    names = 'target_epsilon', 'max_grad_norm', 'unit', 'accountant', 'delta', 'rate', 'steps_taken', 'noise_multiplier'
+    return {**{k: getattr(cb, k) for k in names}, 'patients': rows, 'epochs': cb.learn.n_epoch}
+
 def _guard(cb):
     "Refuse a fit that would not be as private as it says"
     for kinds,error,why in _CONFLICTS:
         if cb.learn._grab_cbs(kinds): raise error(why)
     if _PARALLEL & {type(o).__name__ for o in cb.learn.cbs}:
-        raise UnsupportedUnderDP('training on several devices is not supported: train on one')
+        raise UnsupportedUnderDP('DistributedTrainer and ParallelTrainer average gradients before they are clipped: '
+                                 'leave them out, and call dp.parallel.start_ranks() at the top of the script')
     if cb.sampler is None:
         raise ConfigError('this DPCallback was loaded from a file, or added by hand: '
                           'use learn.to_private(...) on a learner with its data')
@@ -144,6 +152,7 @@ def _guard(cb):
         raise ConfigError('the training loader or its batch size changed after to_private: ε would be wrong. '
                           'Make a new learner')
     check_model(cb.learn.model)
+    check_same(_rank_facts(cb)); same_weights(cb.learn.model)
     cb._checked = False
     cb.learn._do_one_batch = _Step(cb)
 
@@ -163,7 +172,7 @@ def _start_pass(cb):
     "Let the epoch draw Poisson batches, no more than the budget has left"
     if cb.steps_left == 0: raise CancelFitException()
     n = cb.sampler.steps_per_epoch if cb.steps_left is None else min(cb.sampler.steps_per_epoch, cb.steps_left)
-    cb._loader = cb.learn.dl = PoissonDL(cb._train_dl, cb.sampler, n)
+    cb._loader = cb.learn.dl = PoissonDL(cb._train_dl, SharedDraws(cb.sampler), n)
     cb._log_eps = True
 
 def _add_column(cb):
@@ -185,15 +194,18 @@ def _generator(cb, device):
 def _set_grads(cb, grads):
     "`.grad` = (clipped sum + noise) / expected batch size"
     std = cb._noise*cb.max_grad_norm
+    def add(sums):
+        for g in sums.values():
+            noise = torch.randn(g.shape, generator=_generator(cb, g.device), device=g.device, dtype=g.dtype)
+            g.add_(noise, alpha=std).div_(cb.sampler.bs)
+        return sums
+    grads = noisy_sum(grads, add)     # On rank 0 only, once
     for n,p in cb.learn.model.named_parameters():
-        if not p.requires_grad: continue
-        noise  = torch.randn(p.shape, generator=_generator(cb, p.device), device=p.device, dtype=p.dtype)
-        p.grad = (grads[n] + std*noise)/cb.sampler.bs
+        if p.requires_grad: p.grad = grads[n]
 
-def _show(cb, out):
+def _show(cb, out, loss):
     "Let callbacks see outputs and loss"
-    learn, known = cb.learn, out.losses[out.losses.isfinite()]
-    pred,loss = out.preds, known.float().mean() if len(known) else torch.zeros((), device=known.device)
+    learn,pred = cb.learn,out.preds
     learn.pred,learn.loss_grad,learn.loss = pred,loss,loss.clone()
     learn('after_pred'); learn('after_loss')
     if learn.pred is not pred or learn.loss_grad is not loss:
@@ -212,7 +224,8 @@ class _Step:
         n   = len(learn.yb[0])
         out = clipped_batch(learn.model, learn.loss_func, learn.xb, learn.yb, cb.max_grad_norm,
                             physical_bs=cb.physical_bs, check=not cb._checked)
-        if n: cb._checked = True; _show(cb, out)
+        loss = mean_loss(out.losses)   # Of all ranks
+        if n: cb._checked = True; _show(cb, out, loss)
         learn._with_events(lambda: _set_grads(cb, out.grads), 'backward', CancelBackwardException)
         learn._with_events(learn._step, 'step', CancelStepException)
         learn.opt.zero_grad()

@@ -52,7 +52,8 @@ def check_same(
     for k in sorted(set().union(*every)):
         values = [f.get(k) for f in every]
         if any(v != values[0] for v in values):
-            raise ConfigError(f'{k} differs between ranks ({values}): start all of them with the same settings and data')
+            raise ConfigError(f'{k} differs between ranks ({values}): start all of them with the same settings '
+                              'and data')
 
 @torch.no_grad()
 def same_weights(
@@ -98,7 +99,9 @@ def noisy_sum(
         flat = _flat([grads[k] for k in ks]).to(_place())
         dist.reduce(flat, 0)
         if rank == 0: _back(flat, [grads[k] for k in ks])
-    if rank == 0: grads = add_noise(grads)
+    if rank == 0:
+        noisy = add_noise(grads)
+        grads = {k: noisy[k].to(g.dtype) for k,g in grads.items()}
     for ks in kinds.values(): _back(_send(_flat([grads[k] for k in ks]).to(_place())), [grads[k] for k in ks])
     return grads
 
@@ -112,4 +115,4 @@ def mean_loss(
         there = both.to(_place())
         dist.all_reduce(there)
         both = there.to(both.device)
-    return (both[0]/both[1].clamp(min=1)).to(losses.dtype)
+    return (both[0]/both[1].clamp(min=1)).float()
