@@ -22,7 +22,7 @@ from medprivacy.fairness import against_rest, by_group, gaps
 from medprivacy.leakage import age_errors, leakage, leakage_table, strongest_leakage
 from medprivacy.objectives.adversarial import ATTACKS, ObfuscationLoss
 from medprivacy.objectives.focal import FocalLoss, MaskedBCE, MultilabelFocalLoss, class_weights, masked_bce
-from medprivacy.obfuscate import AttackersCallback, GameLoss
+from medprivacy.game import AttackersCallback, GameLoss
 from medprivacy.probe import ProbeLoss, mean_auroc
 from medprivacy.thresholds import confusion, rate_threshold, sensitivity_threshold, youden_threshold
 
