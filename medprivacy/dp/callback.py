@@ -7,6 +7,7 @@ __all__ = ['DPCallback']
 
 # %% ../../nbs/41_dp.callback.ipynb #50ec40e7
 import hashlib, secrets
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
-from ..core import BudgetError, ConfigError, UnsupportedUnderDP
+from ..core import BudgetError, ConfigError, MedPrivacyError, UnsupportedUnderDP
 from ..models.resnet import make_private_ready
-from .account import ACCOUNTANTS, PrivacySpent, epsilon, noise_multiplier_for
+from .account import ACCOUNTANTS, PrivacySpent, epsilon
 from .clip import check_model, clipped_batch
-from .parallel import SharedDraws, check_same, mean_loss, noisy_sum, same_weights
+from .ledger import Ledger
+from .parallel import SharedDraws, check_same, mean_loss, noisy_sum, ranks, same_weights
+from .plan import first_rank, plan_noise, training_facts
 from .sample import PoissonDL, PoissonSampler, loader_bs, train_rows
 
 # %% ../../nbs/41_dp.callback.ipynb #104b69cf
@@ -59,6 +62,7 @@ class DPCallback(Callback):
         accountant:str='prv',           # 'prv', 'rdp' or 'gdp'
         epochs:int=None,                # Epochs that the target is for; None: those of the first fit
         patients:np.ndarray=None,       # Patient of each training row; None: `dls.train_patients`
+        ledger:str|Path|Ledger=None,    # File that every step is written to before it is taken; None: counted in memory
         seed:int=None,                  # For tests only: noise and draws can be repeated, so the result is not private
     ):
         _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit, physical_bs, accountant, epochs)
@@ -67,7 +71,9 @@ class DPCallback(Callback):
         self._noise,self._seed,self._gens,self._loader = noise_multiplier,seed,{},None
         self.steps_taken,self.max_steps,self.sampler,self._train_dl,self._test_mode = 0,None,None,None,seed is not None
         self._log_eps = self._checked = False
-        self.rate = self.n_units = None
+        self.rate = self.n_units = self._facts = None
+        self.ledger = ledger if ledger is None or isinstance(ledger, Ledger) else Ledger(ledger)
+        self.start = 0   # Steps of the next pass that were taken before an interruption
 
     @property
     def noise_multiplier(self): return self._noise
@@ -82,9 +88,14 @@ class DPCallback(Callback):
 
     def before_fit(self):
         if self.learn.lock.locked(): return   # validate and get_preds send this event too, holding the lock
-        _guard(self); _plan(self); _add_column(self)
+        try: _guard(self); _plan(self); _add_column(self)
+        except MedPrivacyError: self._close(); raise
     def before_epoch(self): self._log_eps = False
     def before_train(self): _start_pass(self)
+    def after_fit(self):
+        if not self.learn.lock.locked(): self._close()
+    def _close(self):
+        if self.ledger is not None: self.ledger.close()
     def after_validate(self):
         if self._log_eps and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.spent.eps)
         self._log_eps = False
@@ -108,12 +119,14 @@ def _prepare(cb, dls):
 
 def _calibrate(cb, epochs):
     "Fix the noise, and the number of steps it is good for"
-    cb.max_steps = int(epochs)*cb.sampler.steps_per_epoch
-    cb._noise = noise_multiplier_for(cb.target_epsilon, sample_rate=cb.rate, steps=cb.max_steps, delta=cb.delta,
-                                     accountant=cb.accountant)
+    cb._planned = int(epochs)*cb.sampler.steps_per_epoch
+    cb._noise,cb.max_steps = plan_noise(cb.ledger, cb.target_epsilon, sample_rate=cb.rate, steps=cb._planned,
+                                        delta=cb.delta, accountant=cb.accountant)
 
 def _spent(cb):
-    "What has been spent so far, as `PrivacySpent`"
+    "What has been spent so far, as `PrivacySpent`; with a ledger, what stands there"
+    if cb.ledger is not None and ranks()[0]: cb.ledger.reload()
+    if cb.ledger is not None and cb.ledger.facts: return cb.ledger.spent()
     eps = epsilon(cb._noise, cb.rate, cb.steps_taken, cb.delta, cb.accountant) if cb.steps_taken else 0.
     return PrivacySpent(eps, cb.delta, cb.accountant, 'poisson', neighbours='add-remove', unit=cb.unit,
                         steps=cb.steps_taken, sample_rate=cb.rate, noise_multiplier=cb._noise,
@@ -161,18 +174,35 @@ def _plan(cb):
     want = cb.learn.n_epoch*cb.sampler.steps_per_epoch
     if want == 0: return
     if cb._noise is None: _calibrate(cb, cb.epochs or cb.learn.n_epoch)
-    if cb.max_steps is None: return
+    if cb.ledger is not None: _open_ledger(cb)
+    if cb.max_steps is None or any(getattr(o, 'pending', False) for o in cb.learn.cbs): return
     if cb.steps_left <= 0:
         raise BudgetError(f'the budget is spent: {cb.spent}. The target was ε = {cb.target_epsilon} for {cb.max_steps} '
                           'steps; give epochs= to to_private to plan for more than the first fit')
     if want > cb.steps_left:
         print(f'The private budget has {cb.steps_left} of these {want} steps left: training stops there.')
 
+def _open_ledger(cb):
+    "Make or continue the file, on rank 0; all ranks count on from what it holds"
+    def begin():
+        if cb._facts is None: cb._facts = training_facts(cb.ledger.path, cb)
+        plan = {'noise multiplier': cb._noise, 'planned steps': getattr(cb, '_planned', None),
+                'max steps': cb.max_steps}
+        return cb.ledger.begin({**cb._facts, **plan}).used
+    cb.steps_taken = first_rank(begin)
+
+def _charge(cb):
+    "Count a step, on the disk first; before anything of its batch can be seen"
+    if cb.ledger is not None and ranks()[0] == 0: cb.ledger.charge(cb._noise, cb.rate, most=cb.steps_left)
+    cb.steps_taken += 1
+
 def _start_pass(cb):
     "Let the epoch draw Poisson batches, no more than the budget has left"
-    if cb.steps_left == 0: raise CancelFitException()
-    n = cb.sampler.steps_per_epoch if cb.steps_left is None else min(cb.sampler.steps_per_epoch, cb.steps_left)
-    cb._loader = cb.learn.dl = PoissonDL(cb._train_dl, SharedDraws(cb.sampler), n)
+    start,cb.start = cb.start,0
+    if cb.steps_left == 0 and not start: raise CancelFitException()
+    n = cb.sampler.steps_per_epoch
+    if cb.steps_left is not None: n = min(n, start+cb.steps_left)
+    cb._loader = cb.learn.dl = PoissonDL(cb._train_dl, SharedDraws(cb.sampler), n, start)
     cb._log_eps = True
 
 def _add_column(cb):
@@ -220,7 +250,7 @@ class _Step:
         if not learn.training: return type(learn)._do_one_batch(learn)
         if learn.dl is not cb._loader: raise BudgetError('this batch was not drawn by private training: use learn.fit')
         if cb.steps_left == 0: raise BudgetError(f'the budget is spent: {cb.spent}')
-        cb.steps_taken += 1   # Charged before anything of this batch can be seen
+        _charge(cb)
         n   = len(learn.yb[0])
         out = clipped_batch(learn.model, learn.loss_func, learn.xb, learn.yb, cb.max_grad_norm,
                             physical_bs=cb.physical_bs, check=not cb._checked)
@@ -256,16 +286,19 @@ def to_private(self:Learner,
     accountant:str='prv',           # 'prv', 'rdp' or 'gdp'
     epochs:int=None,                # Epochs that the target is for; None: those of the first fit
     patients:np.ndarray=None,       # Patient of each training row; None: `dls.train_patients`
+    ledger:str|Path|Ledger=None,    # File that every step is written to before it is taken; None: counted in memory
     convert:bool=True,              # Replace BatchNorm by GroupNorm, and print it; False: refuse such a model
     seed:int=None,                  # For tests only: the result is marked not private
 ) -> Learner:                       # The same learner
     "Train with differential privacy from now on; `learn.dp.spent` tells what it cost"
     if self._grab_cbs(DPCallback): raise ConfigError('this learner is private already: call to_public() first')
-    if '_dp_past' in self.__dict__:
+    ledger = ledger if ledger is None or isinstance(ledger, Ledger) else Ledger(ledger)
+    if '_dp_past' in self.__dict__ and (ledger is None or ledger.run is None or ledger.run != self._dp_run):
         raise BudgetError(f'these weights have been trained privately before, at {self._dp_past}; '
-                          'a second budget would hide the first. Make a new learner')
+                          'a second budget would hide the first. Make a new learner, or give the ledger of the first')
     cb = DPCallback(target_epsilon, noise_multiplier, delta=delta, max_grad_norm=max_grad_norm, unit=unit,
-                    epochs=epochs, physical_bs=physical_bs, accountant=accountant, patients=patients, seed=seed)
+                    epochs=epochs, physical_bs=physical_bs, accountant=accountant, patients=patients,
+                    ledger=ledger, seed=seed)
     _prepare(cb, self.dls)
     if convert: _convert(self)
     check_model(self.model)
@@ -276,6 +309,6 @@ def to_public(self:Learner) -> Learner: # The same learner, with the same weight
     "Undo `to_private`: train without privacy from now on"
     self.__dict__.pop('_do_one_batch', None)
     for cb in self._grab_cbs(DPCallback):
-        if cb.steps_taken: self._dp_past = cb.spent
+        if cb.steps_taken: self._dp_past,self._dp_run = cb.spent,cb.ledger.run if cb.ledger is not None else None
         self.remove_cb(cb)
     return self

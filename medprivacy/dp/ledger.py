@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['total_epsilon', 'Ledger']
 
-# %% ../../nbs/40b_dp.ledger.ipynb #f6dc8086
+# %% ../../nbs/40b_dp.ledger.ipynb #f7d58b8f
 import hashlib, json, math, os, secrets, warnings
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from ..core import CheckpointError, ConfigError, atomic_write
 from .account import _ORDERS, PrivacySpent, epsilon
 
-# %% ../../nbs/40b_dp.ledger.ipynb #7a1c2f4d
+# %% ../../nbs/40b_dp.ledger.ipynb #aa7e296f
 _SEP = '\x1e'   # Between what a crash left of a line and the record written after it
 
 def _hash(prev, body): return hashlib.sha256((prev+json.dumps(body, sort_keys=True)).encode()).hexdigest()[:32]
@@ -34,7 +34,7 @@ def _parse(text, prev):
     if not isinstance(body, dict) or not isinstance(chain := body.pop('chain', None), str): return None
     return body if text == _line(prev, body) else None
 
-# %% ../../nbs/40b_dp.ledger.ipynb #32d27150
+# %% ../../nbs/40b_dp.ledger.ipynb #3802131f
 def _scan(path):
     "Records of the file, the hash of each, torn parts at the end, and whether the last line is complete"
     try: *lines, tail = path.read_bytes().decode(errors='replace').split('\n')
@@ -54,7 +54,7 @@ def _scan(path):
     if not records: raise CheckpointError(f'{path}, line 1: the file is empty; restore it from a copy')
     return records, chains, torn, not tail
 
-# %% ../../nbs/40b_dp.ledger.ipynb #619baefa
+# %% ../../nbs/40b_dp.ledger.ipynb #c891e197
 @lru_cache(maxsize=64)
 def _rdp_step(noise, rate): return compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=_ORDERS)
 
@@ -91,7 +91,7 @@ def total_epsilon(
         return epsilon(1/mu, 1., 1, delta)
     return (_rdp_of if accountant == 'rdp' else _prv_of)(kinds, delta)
 
-# %% ../../nbs/40b_dp.ledger.ipynb #64ccbe47
+# %% ../../nbs/40b_dp.ledger.ipynb #b8d9034c
 _ALWAYS = ('unit', 'units', 'rows', 'δ', 'data', 'patients')   # Equal in every training of one ledger
 
 class Ledger:
@@ -107,9 +107,10 @@ class Ledger:
         self.path,self.block,self.further = Path(path),block,further
         self._lock = self._file = self._kind = None
         self._reserved = 0    # Steps of kind `_kind` that are charged and not taken yet
-        self._load()
+        self.reload()
 
-    def _load(self):
+    def reload(self) -> None:
+        "Take over what the file holds"
         new = _scan(self.path) if os.path.lexists(self.path) else ([], [], 0, True)
         if getattr(self, '_chains', None) != new[1]: self._reserved = 0
         self._records,self._chains,self._torn,self._ended = new
@@ -125,7 +126,13 @@ class Ledger:
         if self._torn: _add(found, *self._latest(), self._torn*self.facts['block'])
         return found
     @property
-    def steps(self): return sum(self.parts.values())
+    def steps(self):   # Training steps, reserved and torn ones included, questions not
+        asked = sum(r['steps'] for r in self._records if 'query' in r)
+        return sum(self.parts.values())-asked
+    @property
+    def used(self): return self.steps-self._reserved   # Those that were taken, or lost in a crash
+    @property
+    def run(self): return self._records[0]['run'] if self._records else None   # A random name
     @property
     def head(self):    # Number of records, and the hash of the last one
         return [len(self._records), self._chains[-1] if self._chains else '']
@@ -140,7 +147,7 @@ class Ledger:
 
 def _add(found, noise, rate, steps): found[noise,rate] = found.get((noise,rate), 0) + steps
 
-# %% ../../nbs/40b_dp.ledger.ipynb #86a19035
+# %% ../../nbs/40b_dp.ledger.ipynb #29c127b7
 @patch
 def spent(self:Ledger,
     delta:float=None,        # δ; None: that of the latest training
@@ -149,12 +156,15 @@ def spent(self:Ledger,
     "What all charged steps cost together, reserved and torn ones included"
     if not self.facts: raise CheckpointError(f'{self.path} holds no training: is it the right file?')
     parts,delta,how = self.parts, delta or self.facts['δ'], accountant or self.facts['accountant']
-    noise,rate = next(iter(parts)) if len(parts) == 1 else (None,None) if parts else self._latest()
+    kinds = {(r['noise'],r['rate']) for r in self._records if r['kind'] != 'facts' and 'query' not in r}
+    if self._torn or not kinds: kinds.add(self._latest())
+    noise,rate = kinds.pop() if len(kinds) == 1 else (None,None)
     return PrivacySpent(total_epsilon(parts, delta, how), delta, how, 'poisson', neighbours='add-remove',
-                        unit=self.facts['unit'], steps=sum(parts.values()), sample_rate=rate, noise_multiplier=noise,
-                        private=all(r['facts']['private'] for r in self._records if r['kind'] == 'facts'))
+                        unit=self.facts['unit'], steps=self.steps, sample_rate=rate, noise_multiplier=noise,
+                        private=all(r['facts']['private'] for r in self._records if r['kind'] == 'facts'),
+                        extra=tuple(r['noise'] for r in self._records if 'query' in r))
 
-# %% ../../nbs/40b_dp.ledger.ipynb #7285acd5
+# %% ../../nbs/40b_dp.ledger.ipynb #70aeb969
 def _differences(old, new, only=None):
     old,new = (json.loads(json.dumps(o)) for o in (old,new))
     diff = [k for k in {**old, **new} if old.get(k) != new.get(k) and (only is None or k in only)]
@@ -174,6 +184,17 @@ def check(self:Ledger,
                                         'of the same patients with other settings'))
 
 @patch
+def check_head(self:Ledger,
+    head:list,    # `head` of this ledger at an earlier time
+) -> None:
+    "Refuse a file that has become shorter, or is another one"
+    n,chain = head
+    if len(self._chains) < n or n and self._chains[n-1] != chain:
+        raise CheckpointError(f'{self.path} has {len(self._chains)} lines and is not the ledger whose line {n} is '
+                              f'known '
+                              f'({chain}): it was cut, or belongs to another training; restore it')
+
+@patch
 def begin(self:Ledger,
     facts:dict,    # What is protected, and how: see `training_facts`
 ) -> Ledger:       # The same ledger, locked and ready to be charged
@@ -181,7 +202,7 @@ def begin(self:Ledger,
     facts = {**facts, 'block': self.block}
     try:
         self._acquire()
-        self._load()
+        self.reload()
         self.check(facts)
         if not self.facts: self._create(facts)
         self._file = os.open(self.path, os.O_WRONLY|os.O_APPEND)
@@ -194,7 +215,7 @@ def begin(self:Ledger,
     except CheckpointError: self.close(); raise
     return self
 
-# %% ../../nbs/40b_dp.ledger.ipynb #ecf56fe3
+# %% ../../nbs/40b_dp.ledger.ipynb #d337bff6
 @patch
 def _acquire(self:Ledger):
     self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +234,7 @@ def _create(self:Ledger, facts):
     folder = os.open(self.path.parent, os.O_RDONLY)
     try: os.fsync(folder)    # The name of a new file is on the disk only then
     finally: os.close(folder)
-    self._load()
+    self.reload()
 
 @patch
 def close(self:Ledger) -> None:
@@ -221,7 +242,7 @@ def close(self:Ledger) -> None:
     if self._file is not None: os.close(self._file); self._file = None
     if self._lock is not None: self._lock.release(force=True); self._lock = None
 
-# %% ../../nbs/40b_dp.ledger.ipynb #ffbb53e6
+# %% ../../nbs/40b_dp.ledger.ipynb #459b533e
 @patch
 def _steps(self:Ledger, noise, rate, steps, **more):
     return dict(kind='steps', steps=int(steps), noise=float(noise), rate=float(rate), **more)

@@ -69,11 +69,12 @@ class PoissonDL(GetAttr):
         dl:DataLoader,             # The training loader
         sampler:PoissonSampler,    # What to draw
         n_steps:int,               # Batches in one pass
+        start:int=0,               # How many of them were drawn before an interruption
     ):
-        self.dl,self.sampler,self.n_steps = dl,sampler,n_steps
+        self.dl,self.sampler,self.n_steps,self.start = dl,sampler,n_steps,start
     def __len__(self): return self.n_steps
     def __iter__(self):
-        for _ in range(self.n_steps): yield fetch_rows(self.dl, self.sampler.draw())
+        for _ in range(self.start, self.n_steps): yield fetch_rows(self.dl, self.sampler.draw())
 
 def train_rows(
     dl:DataLoader, # A training loader, fastai's or torch's
