@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import ConfigError
-from .clean import as_text
+from .clean import as_text, in_file
 from .core import Records
 from .fake import fake_image, fake_people, write_csv
-from .source import as_numbers, find_file, finish, map_codes, need_parts, read_csv
+from .source import as_numbers, find_file, finish, map_codes, need_parts, pick_labels, read_csv
 
 # %% ../../nbs/03_data.brset.ipynb #a6857e91
 _FAKE_BRSET = ('image_id patient_id camera patient_age comorbidities diabetes_time_y insuline patient_sex exam_eye '
@@ -84,7 +84,8 @@ _ACCESS    = 'physionet.org/content/brazilian-ophthalmological/ (credentialed)'
 _TABLES    = ('label_brset.csv', 'labels_brset.csv', 'labels.csv')
 _FOLDERS   = ('fundus_photos', 'images', 'photos')
 _PUBLISHED = {'images': 16266, 'patients': 8524, 'sex=F': 10052, 'sex=M': 6214, 'device=Canon CR': 10591,
-              'device=NIKON NF5050': 5675, 'diabetes=1': 2579,
+              'device=NIKON NF5050': 5675, 'diabetes=1': 2579, 'diabetes=0': 13687, 'age_raw=': 5446,
+              'scales_differ=1': 327,
               **{f'DR_ICDR={k}': n for k,n in enumerate((15183, 158, 451, 78, 396))}}
 
 def _photo_folder(root, missing):
@@ -102,7 +103,8 @@ def _brset_table(raw, folder):
     df.loc[ids == '', 'path'] = ''
     for c in _GRADES: df[c] = as_numbers(raw[c], c, allow=range(5))
     for c,codes in _CODES.items(): df[c] = map_codes(raw[c], codes, c).astype(float)
-    return df
+    both = df[list(_GRADES)].notna().all(axis=1)
+    return df.assign(scales_differ=(both & (df.DR_ICDR != df.DR_SDRG)).astype(float))
 
 # %% ../../nbs/03_data.brset.ipynb #015b91c7
 def read_brset(
@@ -116,15 +118,14 @@ def read_brset(
     "Read BRSET from a folder laid out as PhysioNet gives it"
     if scale not in ('ICDR', 'SDRG'): raise ConfigError(f"scale must be 'ICDR' or 'SDRG', got {scale!r}")
     if classes is not None and labels is not None: raise ConfigError('give labels or classes, not both')
+    use  = pick_labels(labels, BRSET_LABELS if classes is None else ('dr_class',), name='brset')
     root = need_parts(root, name='brset', access=_ACCESS)
-    raw  = read_csv(find_file(root, _TABLES, name='brset', access=_ACCESS), _NEED)
-    df   = _brset_table(raw, _photo_folder(root, missing))
+    file = find_file(root, _TABLES, name='brset', access=_ACCESS)
+    raw  = read_csv(file, _NEED)
+    with in_file(file): df = _brset_table(raw, _photo_folder(root, missing))
     print(f'brset: age is missing in {int(raw.patient_age.isna().sum())} of {len(df)} rows')
     if classes is not None:
         df['dr_class'] = grade_classes(df[f'DR_{scale}'], classes)
-        both = df[list(_GRADES)].dropna()
-        n = int((both.DR_ICDR != both.DR_SDRG).sum())
-        print(f'brset: classes from {scale}; the two scales disagree on {n} row(s)')
-    use = ['dr_class'] if classes is not None else list(labels or BRSET_LABELS)
-    return finish(df, root, use, name='brset', missing=missing, published=_PUBLISHED,
-                  task='multilabel' if classes is None else 'multiclass')
+        print(f'brset: classes from {scale}; the two scales disagree on {int(df.scales_differ.sum())} row(s)')
+    with in_file(file): return finish(df, root, use, name='brset', missing=missing, published=_PUBLISHED,
+                                      task='multilabel' if classes is None else 'multiclass')

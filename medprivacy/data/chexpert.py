@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import ConfigError, DataError
+from .clean import in_file
 from .core import Records
 from .fake import fake_image, fake_people, write_csv
-from .source import say_counts, finish, map_codes, need_parts, read_csv
+from .source import say_counts, finish, map_codes, need_parts, pick_labels, read_csv
 from .split import complete_split
 
 # %% ../../nbs/04_data.chexpert.ipynb #cd9547a2
@@ -75,7 +76,7 @@ def uncertain_labels(
     "Decide uncertain and blank labels, raising on any other code"
     out = {}
     for l,policy in _policies(list(table), uncertain, blank).items():
-        y = pd.Series(map_codes(table[l], {'1': 1., '0': 0., '-1': -1.}, f'{where}, column {l!r}'), dtype=float)
+        with in_file(where): y = map_codes(table[l], {'1': 1., '0': 0., '-1': -1.}, l).astype(float)
         open_, gone = y == -1, y.isna()
         fill = policy.draw(l, len(y)) if isinstance(policy, Soft) else dict(ignore=np.nan, zeros=0., ones=1.)[policy]
         out[l] = y.mask(open_, fill).mask(gone, 0. if blank == 'zeros' else np.nan)
@@ -88,9 +89,10 @@ def frontal_views(
     where:str='chexpert',    # How an error names the table
 ) -> tuple[pd.Series, pd.Series]:    # Which films are frontal, and the view: 'AP', 'PA', 'L' or None
     "Join the two columns that describe the view"
-    is_front = map_codes(front, {'Frontal': True, 'Lateral': False}, f'{where}, frontal or lateral')
-    view     = map_codes(ap_pa, {'AP': 'AP', 'PA': 'PA', 'LL': None, 'RL': None}, f'{where}, AP/PA')
-    side     = is_front == False
+    with in_file(where):
+        is_front = map_codes(front, {'Frontal': True, 'Lateral': False}, front.name or 'frontal or lateral')
+        view     = map_codes(ap_pa, {'AP': 'AP', 'PA': 'PA', 'LL': None, 'RL': None}, ap_pa.name or 'AP/PA')
+    side = is_front == False
     for bad,why in ((is_front.isna(), 'neither Frontal nor Lateral'),
                     (side & ap_pa.notna(), 'Lateral with an AP/PA code')):
         if bad.any(): raise DataError(f'{where}: {int(bad.sum())} film(s) are {why}, first in row {bad.idxmax()}; '
@@ -162,10 +164,11 @@ _ACCESS = 'register at https://aimi.stanford.edu (Stanford research use agreemen
 _FOLDERS = ('CheXpert-v1.0-small', 'CheXpert-v1.0')
 _PATH = re.compile(r'(?:CheXpert-v1\.0(?:-small)?/)?((train|valid)/(patient\d+)/(study\d+)/[\w.-]+)\.jpg')
 _PUBLISHED = {'train': {'images': 223414, 'patients': 64540, 'sex=M': 132636, 'sex=F': 90777, 'view=AP': 161590,
-                        'view=PA': 29420, 'view=L': 32387, 'No Finding=1': 22381, 'Cardiomegaly=1': 27000,
-                        'Edema=1': 52246, 'Consolidation=1': 14783, 'Atelectasis=1': 33376,
-                        'Pleural Effusion=1': 86187},
+                        'view=PA': 29420, 'view=L': 32387, 'sex=': 1, 'age_raw=0': 3},
               'valid': {'images': 234, 'patients': 200}}
+_CODE_COUNTS = {'No Finding': (22381, 0, 0, 201033), 'Cardiomegaly': (27000, 11116, 8087, 177211),    # 1, 0, -1, blank
+                'Edema': (52246, 20726, 12984, 137458), 'Consolidation': (14783, 28097, 27742, 152792),
+                'Atelectasis': (33376, 1328, 33739, 154971), 'Pleural Effusion': (86187, 35396, 11628, 90203)}
 
 def _home(root):
     "The folder with the two tables"
@@ -187,29 +190,31 @@ def _split_paths(col, part):
                 study_id=[f'{k[3]}/{k[4]}' for k in m])
 
 # %% ../../nbs/04_data.chexpert.ipynb #f88d5c89
-def _countable(part, labels, uncertain):
-    "The published counts that must hold of a table: no label that is not read, or whose uncertain rows became positive"
-    policy = _policies(labels, uncertain, 'zeros')
-    return {k: n for k,n in _PUBLISHED[part].items()
-            if (l := k.removesuffix('=1')) not in CHEXPERT_LABELS or policy.get(l, 'ones') != 'ones'}
+def _countable(part, labels):
+    "The published counts of a table: of the train part also each code of each label that is read"
+    codes = {f'{l}={c}': n for l in labels if l in _CODE_COUNTS and part == 'train'
+             for c,n in zip(('1', '0', '-1', ''), _CODE_COUNTS[l])}
+    return _PUBLISHED[part] | codes
 
 def _read_part(home, part, labels, uncertain, blank, frontal, missing):
     "Records of one of the two tables"
-    t = read_csv(home/f'{part}.csv', ('Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *labels))
-    y = uncertain_labels(t[labels], uncertain, blank, f'{part}.csv')
+    file = home/f'{part}.csv'
+    t = read_csv(file, ('Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA', *labels))
+    y = uncertain_labels(t[labels], uncertain, blank, file)
     if part == 'valid':
         open_ = uncertain_labels(t[labels], 'ignore', 'ignore').isna()
         if open_.any(axis=None):
             raise DataError(f'chexpert: valid.csv has {int(open_.sum().sum())} uncertain or blank label(s), e.g. of '
                             f'{open_.any().idxmax()!r}; the radiologists left none: which release is it?')
-    is_front, view = frontal_views(t['Frontal/Lateral'], t['AP/PA'], f'{part}.csv')
+    is_front, view = frontal_views(t['Frontal/Lateral'], t['AP/PA'], file)
+    with in_file(file): sex = map_codes(t.Sex, {'Male': 'M', 'Female': 'F', 'Unknown': None}, 'Sex')
     df = pd.DataFrame(dict(_split_paths(t.Path, part), age_raw=t.Age, view=view,
-                           split=dict(valid='test').get(part, part),
-                           sex=map_codes(t.Sex, {'Male': 'M', 'Female': 'F', 'Unknown': None}, 'Sex'))).join(y)
+                           split=dict(valid='test').get(part, part), sex=sex))
     name, is_soft = f'chexpert {part}.csv', has_soft(labels, uncertain)
-    say_counts(Records(df, home, labels, name=name), _countable(part, labels, uncertain))
-    return finish(df[is_front] if frontal else df, home, labels, name=name + ', frontal'*frontal, missing=missing,
-                  topcode=90, soft=is_soft)
+    say_counts(Records(df.join(t[labels]), home, labels, name=name), _countable(part, labels))    # the codes as read
+    df = df.join(y)[is_front | (not frontal)]
+    with in_file(file): return finish(df, home, labels, name=name + ', frontal'*frontal, missing=missing, topcode=90,
+                                      soft=is_soft)
 
 # %% ../../nbs/04_data.chexpert.ipynb #d18834aa
 def read_chexpert(
@@ -223,9 +228,7 @@ def read_chexpert(
     missing:str='raise',          # An image that is not there: 'raise', 'drop' or 'keep'
 ) -> Records:                     # Train and valid from `train.csv`, test from `valid.csv`
     "Read CheXpert v1.0 or v1.0-small"
-    labels = list(CHEXPERT_LABELS if labels is None else labels)
-    odd = [l for l in labels if l not in CHEXPERT_LABELS]
-    if odd: raise ConfigError(f'chexpert has no label {odd}; it has {list(CHEXPERT_LABELS)}')
+    labels = pick_labels(labels, CHEXPERT_LABELS, name='chexpert', known=CHEXPERT_LABELS)
     is_soft, home = has_soft(labels, uncertain, blank), _home(root)
     parts = [_read_part(home, p, labels, uncertain, blank, frontal, missing).df for p in ('train', 'valid')]
     records = Records(pd.concat(parts, ignore_index=True), home, labels, name='chexpert', soft=is_soft)

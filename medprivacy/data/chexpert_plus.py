@@ -17,9 +17,11 @@ import pandas as pd
 from ..core import ConfigError, DataError, LeakageError
 from .chexpert import (CHEXPERT_LABELS, _fake_labels, _fake_views, carve_valid, frontal_views, has_soft,
                                       uncertain_labels)
+from .clean import in_file
 from .core import Records
 from .fake import fake_image, write_csv, write_xlsx
-from .source import say_counts, find_file, finish, map_codes, need_parts, read_csv, read_xlsx
+from .source import (find_file, finish, map_codes, need_parts, pick_labels, read_csv, read_xlsx,
+                                    say_counts)
 
 # %% ../../nbs/04a_data.chexpert_plus.ipynb #469bdd30
 SECTIONS = ('impression', 'findings', 'report')
@@ -52,7 +54,7 @@ def section_labels(
     have = images.isin(t.index)
     if not have.any(): raise DataError(f'{path}: no image of the table has a line; first line: {t.index[0]!r}, first '
                                        f'image: {images.iloc[0]!r}')
-    y = uncertain_labels(t.reindex(images).set_axis(images.index), uncertain, blank, Path(path).name)
+    y = uncertain_labels(t.reindex(images).set_axis(images.index), uncertain, blank, path)
     if not have.all(): print(f'chexpert_plus: {int((~have).sum())} of {len(images)} images have no line in '
                              f'{Path(path).name}; their labels are unknown')
     y.loc[~have] = np.nan
@@ -102,8 +104,8 @@ def add_demographics(
 ) -> Records:              # The same rows with columns `race` and `ethnicity`
     "Join race and ethnicity on the name of the patient's folder"
     t = read_xlsx(xlsx, ('PATIENT', 'PRIMARY_RACE', 'ETHNICITY'))
-    t = t.assign(race=race_groups(t.PRIMARY_RACE, races))[['PATIENT', 'race', 'ETHNICITY']].drop_duplicates()
-    t = t.set_index('PATIENT')
+    with in_file(xlsx): t = t.assign(race=race_groups(t.PRIMARY_RACE, races))
+    t = t[['PATIENT', 'race', 'ETHNICITY']].drop_duplicates().set_index('PATIENT')
     if t.index.has_duplicates:
         raise DataError(f'{xlsx}: the rows of patient {t.index[t.index.duplicated()][0]!r} disagree; keep one')
     folder = records.df.path.str.extract(r'(?:^|/)(patient\d+)/')[0]
@@ -186,9 +188,7 @@ def read_chexpert_plus(
     missing:str='raise',          # An image that is not there: 'raise', 'drop' or 'keep'
 ) -> Records:                     # With columns race and ethnicity
     "Read CheXpert Plus (PNG files)"
-    labels = list(CHEXPERT_LABELS if labels is None else labels)
-    odd = [l for l in labels if l not in CHEXPERT_LABELS]
-    if odd: raise ConfigError(f'chexpert_plus has no label {odd}; it has {list(CHEXPERT_LABELS)}')
+    labels = pick_labels(labels, CHEXPERT_LABELS, name='chexpert_plus', known=CHEXPERT_LABELS)
     if section not in SECTIONS: raise ConfigError(f'section must be one of {SECTIONS}, got {section!r}')
     is_soft = has_soft(labels, uncertain, blank)
     root = need_parts(root, ('PNG/PNG', f'chexbert_labels/{section}_fixed.json'), name='chexpert_plus', access=_ACCESS)
@@ -196,12 +196,12 @@ def read_chexpert_plus(
                     access=_ACCESS)
     t = read_csv(csv, _COLUMNS, only=True)[list(_COLUMNS)]
     y = section_labels(root/'chexbert_labels'/f'{section}_fixed.json', t.path_to_image, labels, uncertain, blank)
-    is_front, view = frontal_views(t.frontal_lateral, t.ap_pa, csv.name)
-    df = _split_paths(t).assign(
+    is_front, view = frontal_views(t.frontal_lateral, t.ap_pa, csv)
+    with in_file(csv): df = _split_paths(t).assign(
         sex=map_codes(t.sex, {'Male': 'M', 'Female': 'F', 'Unknown': None}, 'sex'), age_raw=t.age, view=view,
         race=race_groups(t.race, races), ethnicity=t.ethnicity,
         split=map_codes(t.split, {'train': 'train', 'valid': 'test'}, 'split')).join(y)
     say_counts(Records(df, root, labels, name='chexpert_plus'), {'images': 223228, 'patients': 64725})
-    records = finish(df[is_front] if frontal else df, root, labels, name='chexpert_plus', missing=missing, topcode=90,
-                     soft=is_soft)
+    with in_file(csv): records = finish(df[is_front | (not frontal)], root, labels, name='chexpert_plus', soft=is_soft,
+                                        missing=missing, topcode=90)
     return carve_valid(records, valid)

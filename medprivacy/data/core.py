@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core import ConfigError, DataError, LeakageError, atomic_write
-from .clean import as_text, clean_age, clean_sex
+from .clean import as_text, clean_age, clean_sex, in_file
 
 # %% ../../nbs/01_data.core.ipynb #df305df6
 SPLITS  = ('train', 'valid', 'test')
@@ -240,10 +240,10 @@ def read_table(
     df = pd.DataFrame({'image_id': text, 'path': text.map(lambda v: v if pd.isna(v)
                                                           else str(PurePosixPath(folder)/f'{v}{ext}'))})
     df['patient_id'] = raw[patient].where(raw[patient].isna(), as_text(raw[patient])) if patient else df.image_id
-    df['sex'] = clean_sex(raw[sex], sex_codes, sex) if sex else None
+    with in_file(csv): df['sex'] = clean_sex(raw[sex], sex_codes, sex) if sex else None
     if age:
         df['age_raw'] = raw[age]
-        df['age'], df['age_topcoded'], counts = clean_age(raw[age], infants, age)
+        with in_file(csv): df['age'], df['age_topcoded'], counts = clean_age(raw[age], infants, age)
         if counts['out_of_range']:
             print(f'{name}: {counts["out_of_range"]} age(s) of 0 or out of range were set to unknown')
     for ours,theirs in extra.items(): df[ours] = raw[theirs].where(raw[theirs].notna(), None)

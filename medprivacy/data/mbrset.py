@@ -14,10 +14,10 @@ import pandas as pd
 
 from ..core import ConfigError, DataError
 from .brset import grade_classes
-from .clean import as_text
+from .clean import as_text, in_file
 from .core import Records
 from .fake import fake_image, fake_people, write_csv
-from .source import as_numbers, finish, map_codes, need_parts, read_csv
+from .source import as_numbers, finish, map_codes, need_parts, pick_labels, read_csv
 
 # %% ../../nbs/03a_data.mbrset.ipynb #55cce2a1
 _FAKE_MBRSET = ('patient age sex dm_time insulin insulin_time oraltreatment_dm systemic_hypertension insurance '
@@ -85,10 +85,12 @@ def _check_names(df):
         i = want.index(False)
         raise DataError(f'mbrset: {want.count(False)} file(s) are not named <patient>.<1-4>.jpg, e.g. row {i}: '
                         f'{df.image_id[i]!r} of patient {df.patient_id[i]!r}; do not sort single columns of the table')
+    return df
 
 # %% ../../nbs/03a_data.mbrset.ipynb #1be8fcfa
 _ACCESS    = 'physionet.org/content/mbrset/ (credentialed)'
-_PUBLISHED = {'images': 5164, 'patients': 1291, 'sex=F': 3360, 'sex=M': 1804,
+_PUBLISHED = {'images': 5164, 'patients': 1291, 'sex=F': 3360, 'sex=M': 1804, 'final_icdr=': 280,
+              'educational_level=': 52, 'insurance=': 48,
               **{f'final_icdr={k}': n for k,n in enumerate((3750, 272, 568, 82, 212))}}
 
 def read_mbrset(
@@ -100,12 +102,12 @@ def read_mbrset(
 ) -> Records:                # One row per photograph
     "Read mBRSET from a folder laid out as PhysioNet gives it"
     if classes is not None and labels is not None: raise ConfigError('give labels or classes, not both')
+    use   = pick_labels(labels, MBRSET_LABELS if classes is None else ('dr_class',), name='mbrset')
     parts = ('labels_mbrset.csv',) + (() if missing == 'keep' else ('images',))
     root  = need_parts(root, parts, name='mbrset', access=_ACCESS)
-    df    = _mbrset_table(read_csv(root/parts[0], _NEED))
-    _check_names(df)
+    raw   = read_csv(root/parts[0], _NEED)
+    with in_file(root/parts[0]): df = _check_names(_mbrset_table(raw))
     print(f'mbrset: {int(df.final_icdr.isna().sum())} of {len(df)} photographs have no grade')
     if classes is not None: df['dr_class'] = grade_classes(df.final_icdr, classes)
-    use = ['dr_class'] if classes is not None else list(labels or MBRSET_LABELS)
-    return finish(df, root, use, name='mbrset', missing=missing, published=_PUBLISHED,
-                  task='multilabel' if classes is None else 'multiclass')
+    with in_file(root/parts[0]): return finish(df, root, use, name='mbrset', missing=missing, published=_PUBLISHED,
+                                               task='multilabel' if classes is None else 'multiclass')

@@ -13,10 +13,10 @@ import pandas as pd
 
 from ..core import ConfigError, DataError
 from .chexpert import Soft, uncertain_labels
-from .clean import as_text
+from .clean import as_text, in_file
 from .core import Records
 from .fake import fake_image, fake_people, write_csv
-from .source import as_numbers, find_file, finish, map_codes, need_parts, read_csv
+from .source import as_numbers, find_file, finish, map_codes, need_parts, pick_labels, read_csv
 
 # %% ../../nbs/05_data.mimic_cxr.ipynb #609a8076
 _NAME   = 'mimic_cxr'
@@ -30,13 +30,15 @@ _TABLES = {k: (f'mimic-cxr-*-{k}.csv.gz', f'mimic-cxr-*-{k}.csv')
 _TABLES['hand'] = ('*test*.csv.gz', '*test*.csv')     # its name is not fixed
 _VIEWS  = {v: v for v in ('PA', 'AP', 'LAO', 'RAO', 'LPO', 'RPO', 'AP AXIAL', 'AP LLD', 'AP RLD', 'PA LLD', 'PA RLD',
                           'SWIMMERS')} | {'LATERAL': 'L', 'LL': 'L', 'RL': 'L', 'XTABLE LATERAL': 'L'}
+_SPLITS = {'train': 'train', 'validate': 'valid', 'test': 'test'}
 _PUBLISHED = {'images': 377110, 'patients': 65379, 'split=train': 368960, 'split=valid': 2991, 'split=test': 5159}
+_REPORTS = 227827
 
 def _table(root, kind, need):
     "One table of the release, its ids as text"
     path = find_file(root, _TABLES[kind], name=_NAME, access=_ACCESS)
     df = read_csv(path, need)
-    return df.assign(**{c: as_text(df[c]) for c in ('dicom_id', 'subject_id', 'study_id') if c in df}), path.name
+    return df.assign(**{c: as_text(df[c]) for c in ('dicom_id', 'subject_id', 'study_id') if c in df}), path
 
 # %% ../../nbs/05_data.mimic_cxr.ipynb #6bc34754
 def _study_labels(root, labels, labeler, uncertain, blank):
@@ -47,14 +49,20 @@ def _study_labels(root, labels, labeler, uncertain, blank):
     dup = df.study_id.duplicated()
     if dup.any(): raise DataError(f'{name}: {int(dup.sum())} study(ies) have two rows, e.g. {df.study_id[dup].iloc[0]}')
     y = uncertain_labels(df[list(labels)], uncertain, blank, name)
+    if labeler != 'hand' and len(df) != _REPORTS:
+        print(f'WARNING {_NAME}: {name.name} has {len(df)} studies (published {_REPORTS})')
     return y.assign(study_id=df.study_id, label_subject=df.subject_id if 'subject_id' in df else None)
 
 # %% ../../nbs/05_data.mimic_cxr.ipynb #02f6591c
 def _images(root):
     "One row per image: ids, path, view, year, split"
     ids = ['dicom_id', 'subject_id', 'study_id']
-    meta, name  = _table(root, 'metadata', (*ids, 'ViewPosition', 'StudyDate'))
+    meta, name   = _table(root, 'metadata', (*ids, 'ViewPosition', 'StudyDate'))
     split, other = _table(root, 'split', (*ids, 'split'))
+    with in_file(name):  meta['view'] = map_codes(meta.ViewPosition, _VIEWS, 'ViewPosition')
+    with in_file(other): split['split'] = map_codes(split.split, _SPLITS, 'split')
+    if split.split.isna().any():
+        raise DataError(f"{other}: column 'split' is blank in {int(split.split.isna().sum())} row(s)")
     df = meta.merge(split[[*ids, 'split']], 'outer', ids, indicator='_in')
     odd = df[df['_in'] != 'both']
     if len(odd): raise DataError(f'{name} and {other} disagree on {len(odd)} row(s), e.g. image {odd.dicom_id.iloc[0]} '
@@ -62,23 +70,19 @@ def _images(root):
     p, date = df.subject_id, as_text(df.StudyDate)
     bad = ~date.str.fullmatch(r'\d{8}|')
     if bad.any(): raise DataError(f"{name}: column 'StudyDate' holds {sorted(set(date[bad]))[:5]}, not YYYYMMDD")
-    codes = {'train': 'train', 'validate': 'valid', 'test': 'test'}
-    split = map_codes(df.split, codes, 'split')
-    if split.isna().any(): raise DataError(f"{other}: column 'split' is blank in {int(split.isna().sum())} row(s)")
     return pd.DataFrame(dict(
         image_id=df.dicom_id, path='files/p' + p.str[:2] + '/p' + p + '/s' + df.study_id + '/' + df.dicom_id + '.jpg',
-        patient_id=p, study_id=df.study_id, view=map_codes(df.ViewPosition, _VIEWS, 'ViewPosition'),
-        split=split, year=pd.to_numeric(date.str[:4])))
+        patient_id=p, study_id=df.study_id, view=df['view'], split=df.split, year=pd.to_numeric(date.str[:4])))
 
 # %% ../../nbs/05_data.mimic_cxr.ipynb #5e870cce
 def _with_people(df, mimic_iv):
     "Add sex and age at study"
     path = find_file(mimic_iv, ('hosp/patients.csv.gz', 'hosp/patients.csv'), name='mimic_iv', access=_ACCESS)
     t = read_csv(path, ('subject_id', 'gender', 'anchor_age', 'anchor_year'))
-    t = pd.DataFrame(dict(sex=map_codes(t.gender, {'M': 'M', 'F': 'F'}, 'gender'), known=True,
-                          age=as_numbers(t.anchor_age, 'anchor_age'), year=as_numbers(t.anchor_year, 'anchor_year'))
-                     ).set_index(as_text(t.subject_id))
-    if not t.index.is_unique: raise DataError(f'{path.name}: subject_id is not unique')
+    with in_file(path): t = pd.DataFrame(dict(
+        sex=map_codes(t.gender, {'M': 'M', 'F': 'F'}, 'gender'), known=True, age=as_numbers(t.anchor_age, 'anchor_age'),
+        year=as_numbers(t.anchor_year, 'anchor_year'))).set_index(as_text(t.subject_id))
+    if not t.index.is_unique: raise DataError(f'{path}: subject_id is not unique')
     who  = t.reindex(df.patient_id).reset_index(drop=True)
     n, k = df.patient_id.nunique(), df.patient_id[who.known.notna()].nunique()
     if not k: raise DataError(f'{path.name}: none of the {n} patients has a row; is this the full MIMIC-IV table?')
@@ -128,8 +132,8 @@ def read_mimic_cxr(
     missing:str='raise',          # An image that is not there: 'raise', 'drop' or 'keep'
 ) -> Records:                     # One row per image, with the official split
     "Read MIMIC-CXR-JPG, with sex and age of MIMIC-IV"
+    labels = pick_labels(labels, _FINDINGS, name=_NAME)
     root = need_parts(root, () if missing == 'keep' else ('files',), name=_NAME, access=_ACCESS)
-    labels = list(labels or _FINDINGS)
     y, df = _study_labels(root, labels, labeler, uncertain, blank), _images(root)
     if mimic_iv is None: print(f'{_NAME}: no sex and no age without the folder mimic_iv. {_ACCESS}')
     else: df = _with_admissions(_with_people(df, mimic_iv), mimic_iv)

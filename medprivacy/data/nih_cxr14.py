@@ -12,19 +12,20 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, LeakageError
-from .clean import as_text
+from .clean import as_text, in_file
 from .chexpert import carve_valid
 from .core import Records
 from .fake import fake_image, fake_people, write_csv
-from .source import find_file, finish, map_codes, need_parts, read_csv
+from .source import find_file, finish, map_codes, need_parts, pick_labels, read_csv
 
 # %% ../../nbs/07_data.nih_cxr14.ipynb #3d6115a2
 NIH_FINDINGS = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Effusion', 'Emphysema', 'Fibrosis', 'Hernia',
                 'Infiltration', 'Mass', 'Nodule', 'Pleural_Thickening', 'Pneumonia', 'Pneumothorax')
 _ACCESS = 'open, at nihcc.app.box.com/v/ChestXray-NIHCC; the NIH asks for attribution'
+_LISTS  = {'split=train': 86524, 'split=test': 25596}
 _COUNTS = (11559, 2776, 4667, 2303, 13317, 2516, 1686, 227, 19894, 5782, 6331, 3385, 1431, 5302)
 _PUBLISHED = {'images': 112120, 'patients': 30805, 'sex=M': 63340, 'sex=F': 48780, 'view=PA': 67310, 'view=AP': 44810,
-              'No Finding=1': 60361} | {f'{f}=1': n for f,n in zip(NIH_FINDINGS, _COUNTS)}
+              'age_raw=0': 14, 'No Finding=1': 60361} | {f'{f}=1': n for f,n in zip(NIH_FINDINGS, _COUNTS)}
 
 # %% ../../nbs/07_data.nih_cxr14.ipynb #2b32d38d
 def split_findings(
@@ -58,6 +59,9 @@ def _official(images, root):
     if out.isna().any():
         raise DataError(f'nih_cxr14: {int(out.isna().sum())} image(s) are in neither list, e.g. '
                         f'{images[out.isna()].iloc[0]}; table and lists are of different releases')
+    more = set().union(*lists.values()) - set(images)
+    if more: print(f'WARNING nih_cxr14: {len(more)} of {len(images) + len(more)} images of the official lists have no '
+                   f'row in the table, e.g. {min(more)}; this table is a part of the release')
     return out
 
 # %% ../../nbs/07_data.nih_cxr14.ipynb #573faa4a
@@ -88,14 +92,17 @@ def read_nih_cxr14(
     missing:str='raise',         # An image that is not there: 'raise', 'drop' or 'keep'
 ) -> Records:                    # One row per image
     "Read NIH ChestX-ray14"
+    labels = pick_labels(labels, NIH_FINDINGS, name='nih_cxr14', known=(*NIH_FINDINGS, 'No Finding'))
     root  = need_parts(root, name='nih_cxr14', access=_ACCESS)
     names = [n + z for n in ('Data_Entry_2017_v2020.csv', 'Data_Entry_2017.csv') for z in ('', '.gz')]
-    df = _nih_table(table or find_file(root, names, name='nih_cxr14', access=_ACCESS))
+    file = table or find_file(root, names, name='nih_cxr14', access=_ACCESS)
+    with in_file(file): df = _nih_table(file)
     df['path']  = f'{folder}/' + df.image_id if folder else df.image_id
     df['split'] = _official(df.image_id, root)
-    out = finish(df, root, NIH_FINDINGS if labels is None else labels, name='nih_cxr14', published=_PUBLISHED,
-                 missing=missing)
-    return out if out.df.split.isna().all() else carve_valid(out, valid, seed)
+    listed = df.split.notna().any()
+    with in_file(file): out = finish(df, root, labels, name='nih_cxr14', missing=missing,
+                                     published=_PUBLISHED | (_LISTS if listed else {}))
+    return carve_valid(out, valid, seed) if listed else out
 
 # %% ../../nbs/07_data.nih_cxr14.ipynb #a52eb148
 _FAKE_FINDINGS = ('Infiltration', 'Effusion', 'Atelectasis', 'Nodule', 'Mass', 'Pneumothorax', 'Consolidation',

@@ -12,10 +12,11 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import ConfigError, DataError
-from .clean import as_text
+from .clean import as_text, in_file
 from .core import Records
 from .fake import fake_image, fake_people, write_csv, write_xlsx
-from .source import as_numbers, find_file, finish, map_codes, need_parts, read_csv, read_xlsx
+from .source import (as_numbers, find_file, finish, map_codes, need_parts, pick_labels, read_csv,
+                                    read_xlsx)
 
 # %% ../../nbs/09_data.odir.ipynb #125ac5af
 _FAKE_ODIR = [  # keywords and class of the left eye, then of the right eye; '' = unusable
@@ -106,7 +107,7 @@ def _patients(raw):
     if as_text(df.ID).duplicated().any():
         twice = as_text(df.ID)[as_text(df.ID).duplicated()].iloc[0]
         raise DataError(f'odir: patient {twice!r} has two different rows; correct the table')
-    return df.reset_index(drop=True)
+    return df    # with the row numbers of the file
 
 def _eyes(people):
     "Two rows per patient"
@@ -175,18 +176,20 @@ def read_odir(
 ) -> Records:                 # One row per eye
     "Read ODIR-5K, from the challenge's workbook or from Kaggle's `full_df.csv`"
     if unusable not in ('drop', 'keep'): raise ConfigError(f"unusable must be 'drop' or 'keep', got {unusable!r}")
+    labels = pick_labels(labels, tuple(ODIR_CLASSES), name='odir')
     root   = need_parts(root, () if table is None else (str(table),), name='odir', access=_ACCESS)
     file   = find_file(root, _TABLES, name='odir', access=_ACCESS) if table is None else root/table
     kaggle = file.suffix == '.csv'
     raw    = read_csv(file, (*_NEED, 'filename')) if kaggle else read_xlsx(file, _NEED)
-    people = _patients(raw)
-    eyes   = _with_classes(_eyes(people))
-    _check_patients(people, eyes)
-    eyes = _named(eyes, raw) if kaggle else eyes
+    with in_file(file):
+        people = _patients(raw)
+        eyes   = _with_classes(_eyes(people))
+        _check_patients(people, eyes)
+        eyes = _named(eyes, raw) if kaggle else eyes
     at   = str(_image_folder(root, eyes.image_id, folder, missing))
     eyes = eyes.assign(path=(at + '/' + eyes.image_id).where(eyes.image_id != '', ''))
-    recs = finish(eyes, root, list(labels or ODIR_CLASSES), name='odir', missing=missing,
-                  published={'images': 6392} if kaggle else {'images': 7000, 'patients': 3500})
+    with in_file(file): recs = finish(eyes, root, labels, name='odir', missing=missing,
+                                      published={'images': 6392} if kaggle else {'images': 7000, 'patients': 3500})
     df   = _usable(recs.df, unusable)
     unknown = as_text(df.age_raw) == _NO_AGE
     if unknown.any(): print(f'odir: {int(unknown.sum())} age(s) of 1 stand for unknown')

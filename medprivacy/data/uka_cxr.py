@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import ConfigError, DataError
-from .clean import as_text
-from .core import Records
+from .clean import as_text, in_file
+from .core import SPLITS, Records
 from .fake import fake_image, fake_people, write_csv
-from .source import as_numbers, find_file, finish, map_codes, need_parts, read_csv
+from .source import as_numbers, find_file, finish, map_codes, need_parts, pick_labels, read_csv
 
 # %% ../../nbs/06_data.uka_cxr.ipynb #52e89872
 _NAME   = 'uka_cxr'
@@ -40,7 +40,7 @@ def _graded(df, labels, severity):
 
 # %% ../../nbs/06_data.uka_cxr.ipynb #164fed3b
 def _read_list(root, labels):
-    "The table under today's column names, its file and the image folder relative to the root"
+    "The file, its table under today's column names, and the image folder relative to the root"
     path = find_file(root, _TABLES, name=_NAME, access=_ACCESS)
     df = read_csv(path)
     df = df.rename(columns={o: n for o,n in _OLDER.items() if n not in df})
@@ -52,7 +52,7 @@ def _read_list(root, labels):
     have = [d for d in (*(path.parent/f for f in _FOLDERS), *(Path(root)/f for f in _FOLDERS)) if d.is_dir()]
     if have: print(f'{_NAME}: images in {have[0].name}')
     folder = have[0] if have else path.parent/_FOLDERS[0]
-    return df, folder.relative_to(root).as_posix()
+    return path, df, folder.relative_to(root).as_posix()
 
 # %% ../../nbs/06_data.uka_cxr.ipynb #2cd39434
 def _date(df, column):
@@ -95,14 +95,16 @@ def read_uka_cxr(
     missing:str='raise',    # An image that is not there: 'raise', 'drop' or 'keep'
 ) -> Records:               # One row per image, with the table's split
     "Read UKA-CXR"
-    root, labels = need_parts(root, name=_NAME, access=_ACCESS), list(labels or _LABELS)
-    df, folder = _read_list(root, labels)
-    df  = _graded(df, labels, _SEVERITY if severity is None else severity)
-    ids = as_text(df.image_id)
-    out = pd.DataFrame(dict(
-        image_id=ids, path=f'{folder}/' + as_text(df.subset) + '/' + ids + '.jpg', patient_id=as_text(df.subject_id),
-        sex=_sex(df), age_raw=_age(df), split=map_codes(df.split, {s: s for s in ('train', 'valid', 'test')}, 'split')))
-    return finish(out.join(df[labels]), root, labels, name=_NAME, published=_PUBLISHED, missing=missing)
+    labels = pick_labels(labels, _LABELS, name=_NAME)
+    root = need_parts(root, name=_NAME, access=_ACCESS)
+    file, df, folder = _read_list(root, labels)
+    with in_file(file):
+        df  = _graded(df, labels, _SEVERITY if severity is None else severity)
+        ids = as_text(df.image_id)
+        out = pd.DataFrame(dict(
+            image_id=ids, path=f'{folder}/' + as_text(df.subset) + '/' + ids + '.jpg', sex=_sex(df), age_raw=_age(df),
+            patient_id=as_text(df.subject_id), split=map_codes(df.split, {s: s for s in SPLITS}, 'split')))
+        return finish(out.join(df[labels]), root, labels, name=_NAME, published=_PUBLISHED, missing=missing)
 
 # %% ../../nbs/06_data.uka_cxr.ipynb #3ea9f51b
 _FAKE_UKA_LABELS = ('cardiomegaly', 'congestion', 'pleural_effusion_right', 'pleural_effusion_left',

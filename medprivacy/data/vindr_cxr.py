@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import ConfigError, DataError, atomic_write
+from ..core import DataError, atomic_write
 from .chexpert import carve_valid
-from .clean import as_text, clean_sex
+from .clean import as_text, clean_sex, in_file
 from .core import Records
 from .dicom import _Damaged, dicom_tags, write_dicom
 from .fake import fake_people, write_csv
-from .source import as_numbers, finish, need_parts, read_csv
+from .source import as_numbers, finish, need_parts, pick_labels, read_csv
 
 # %% ../../nbs/08_data.vindr_cxr.ipynb #16ecbecc
 VINDR_FINDINGS = ('Aortic enlargement', 'Atelectasis', 'Calcification', 'Cardiomegaly', 'Clavicle fracture',
@@ -55,11 +55,11 @@ def _image_labels(root, part, labels):
     extra = sorted(set(df) - {*need, 'rad_id'})
     if extra: raise DataError(f'{path}: column(s) {extra} are none of the 28 published findings; another release?')
     df = df.rename(columns={v: k for k,v in alias.items()})
-    df[labels] = pd.DataFrame({l: as_numbers(df[l], l, allow=(0, 1)) for l in labels})
+    with in_file(path): df[labels] = pd.DataFrame({l: as_numbers(df[l], l, allow=(0, 1)) for l in labels})
     df['image_id'] = as_text(df.image_id)
     out = df.image_id[df.image_id.str.contains(r'[/\\]|\.\.')]
     if len(out): raise DataError(f'{path}: {len(out)} image_id(s) lead elsewhere, e.g. {out.iloc[0]!r}; drop them')
-    one = majority(df, labels).reset_index() if part == 'train' else df[['image_id', *labels]]
+    with in_file(path): one = majority(df, labels).reset_index() if part == 'train' else df[['image_id', *labels]]
     return one.assign(split=part)
 
 # %% ../../nbs/08_data.vindr_cxr.ipynb #9687b2d4
@@ -108,7 +108,7 @@ def _drop_damaged(df, damage, missing):
 
 # %% ../../nbs/08_data.vindr_cxr.ipynb #471e1b9c
 _ACCESS = 'credentialed, physionet.org/content/vindr-cxr/1.0.0'
-_PUBLISHED = {'images': 18000}
+_PUBLISHED = {'images': 18000, 'split=train': 15000, 'split=test': 3000}
 
 def read_vindr_cxr(
     root:str|Path,            # Folder with `train/`, `test/` and `annotations/`
@@ -120,16 +120,16 @@ def read_vindr_cxr(
     missing:str='raise',      # An image that is not there or whose header is damaged: 'raise', 'drop' or 'keep'
 ) -> Records:                 # One row per image; `patient_known` is false
     "Read VinDr-CXR"
+    labels = pick_labels(labels, VINDR_FINDINGS, name='vindr_cxr', known=VINDR_FINDINGS)
     parts = ('annotations/image_labels_train.csv', 'annotations/image_labels_test.csv')
     parts = parts if missing == 'keep' else ('train', 'test', *parts)
     root  = need_parts(root, parts, name='vindr_cxr', access=_ACCESS)
-    labels = list(VINDR_FINDINGS if labels is None else labels)
-    if set(labels) - set(VINDR_FINDINGS): raise ConfigError(f'labels must be among {VINDR_FINDINGS}, got {labels}')
     df = pd.concat([_image_labels(root, part, labels) for part in ('train', 'test')], ignore_index=True)
     df['path'] = df.split + '/' + df.image_id + '.dicom'
-    tag = cached_tags(root, df.path.tolist(), Path(tags or root/'dicom_tags.csv')).reset_index(drop=True)
-    df  = df.assign(patient_id=df.image_id, sex=clean_sex(tag.sex, where='PatientSex'), age_raw=tag.age_raw,
-                    view=tag['view'], device=tag.device)
+    tag = cached_tags(root, df.path.tolist(), Path(tags or root/'dicom_tags.csv'))
+    sex = clean_sex(tag.sex, where='PatientSex').to_numpy()    # an error names the file: it is the row of this table
+    tag = tag.reset_index(drop=True)
+    df  = df.assign(patient_id=df.image_id, sex=sex, age_raw=tag.age_raw, view=tag['view'], device=tag.device)
     df  = _drop_damaged(df, tag.damage, missing)
     out = finish(df, root, labels, name='vindr_cxr', published=_PUBLISHED, missing=missing, patient_known=False)
     return carve_valid(out, valid, seed)

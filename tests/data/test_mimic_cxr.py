@@ -1,15 +1,10 @@
 "MIMIC-CXR-JPG, quirk by quirk, on an invented look-alike"
 import shutil
 from pathlib import Path
-
-import numpy as np, pandas as pd, pytest, torch
-from fastai.learner import Learner
+import numpy as np, pandas as pd, pytest
 
 from medprivacy.core import ConfigError, DataError, LeakageError
-from medprivacy.data.load import records_dls
 from medprivacy.data.mimic_cxr import fake_mimic_cxr, read_mimic_cxr
-from medprivacy.models.resnet import create_classifier
-from medprivacy.objectives.focal import MaskedBCE
 
 FINDINGS = ['Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Enlarged Cardiomediastinum', 'Fracture', 'Lung Lesion', 'Lung Opacity',
             'No Finding', 'Pleural Effusion', 'Pleural Other', 'Pneumonia', 'Pneumothorax', 'Support Devices']
@@ -146,13 +141,6 @@ def test_mimic_iv_folder_without_the_table(root):
 def test_study_date_that_is_no_date(root):
     edit(root/META, put(0, 'StudyDate', 'June'))
     with pytest.raises(DataError, match='StudyDate'): read(root)
-
-@pytest.mark.parametrize('column', ['gender', 'anchor_age', 'anchor_year', 'subject_id'])
-def test_missing_column_of_patients(root, column):
-    edit(root/PATIENTS, lambda df: df.drop(columns=column))
-    with pytest.raises(DataError, match=column) as e: read(root)
-    assert 'anchor_year_group' in str(e.value)      # lists those found
-
 
 # ---------------------------------------------------------------- labels
 
@@ -314,12 +302,6 @@ def test_missing_part(root, name):
     with pytest.raises(DataError, match='physionet.org') as e: read(root)
     assert name.replace('2.0.0-', '').removeprefix('mimic-cxr-').split('.')[0] in str(e.value)
 
-@pytest.mark.parametrize('file,column', [(META, 'ViewPosition'), (META, 'StudyDate'), (META, 'dicom_id'), (SPLIT, 'split'), (CHEXPERT, 'Edema'), (CHEXPERT, 'study_id')])
-def test_missing_column(root, file, column):
-    edit(root/file, lambda df: df.drop(columns=column))
-    with pytest.raises(DataError, match=column) as e: read(root)
-    assert 'subject_id' in str(e.value)      # lists those found
-
 def test_tables_of_two_releases(root):
     "Either file would do: say which"
     shutil.copy(root/META, root/META.replace('2.0.0', '2.1.0'))
@@ -344,13 +326,3 @@ def test_duplicate_image(root):
 def test_blank_subject(root):
     edit(root/META, put(0, 'subject_id', ''))
     with pytest.raises(DataError): read(root)
-
-
-def test_end_to_end(root):
-    "Official split, to batches, to one step of training"
-    r = read_mimic_cxr(root, ['Edema', 'Fracture'], mimic_iv=root/'mimic-iv')
-    dls = records_dls(r, size=32, bs=4, device='cpu')
-    learn = Learner(dls, create_classifier('small_resnet', 2, in_channels=1), loss_func=MaskedBCE())
-    assert dls.train.one_batch()[0].shape == (4, 1, 32, 32) and torch.cat([y for _,y in dls.train]).isnan().any()
-    with learn.no_logging(): learn.fit(1)
-    assert torch.isfinite(torch.as_tensor(float(learn.recorder.losses[-1])))

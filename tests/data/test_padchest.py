@@ -5,16 +5,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from fastai.learner import Learner
 from PIL import Image
 
 from medprivacy.core import ConfigError, DataError
 from medprivacy.data.load import records_dls
 from medprivacy.data.padchest import fake_padchest, read_padchest
 from medprivacy.data.split import check_disjoint, split_patients
-from medprivacy.models.resnet import create_classifier
-from medprivacy.objectives.focal import MaskedBCE
 
 CSV = 'PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv'
 TWO = ['cardiomegaly', 'pleural effusion']
@@ -38,6 +34,17 @@ def both(root, **kw):
     df = by_file(read_padchest(root, TWO, **kw))
     raw = table(root).set_index('ImageID')
     return raw.loc[df.index], df
+
+
+def planted(root):
+    "The one file of the look-alike that PIL cannot decode"
+    def whole(p):
+        try:
+            with Image.open(p) as im: im.load()
+        except OSError: return False
+        return True
+    (bad,) = [p for p in sorted(root.rglob('*.png')) if not whole(p)]
+    return bad
 
 
 def test_same_rows(root):
@@ -176,14 +183,15 @@ def test_missing_image_is_left_out_with_a_count(root, capsys):
     capsys.readouterr()
     df = by_file(read_padchest(root))
     assert len(gone) == 1 and gone[0] not in df.index and '1 of' in capsys.readouterr().out
+    cut = planted(root)
+    cut.write_bytes(next(p for p in root.rglob('*.png') if p != cut).read_bytes())
     with pytest.raises(DataError, match=gone[0]): read_padchest(root, missing='raise')
     assert gone[0] in by_file(read_padchest(root, missing='keep')).index
 
 
 def test_truncated_image_is_left_out_with_a_count(root, capsys):
     "Some files of the release are truncated: left out with a count; if kept, an error when they are decoded, never a silent zero"
-    f, d = table(root).ImageID[0], table(root).ImageDir[0]
-    (root/d/f).write_bytes((root/d/f).read_bytes()[:200])
+    f = planted(root).name
     capsys.readouterr()
     assert f not in by_file(read_padchest(root)).index and '1 of' in (out := capsys.readouterr().out) and 'truncated' in out
     with pytest.raises(DataError, match=f): read_padchest(root, missing='raise')
@@ -208,14 +216,6 @@ def test_sixteen_bits_are_scaled_by_65535(root, value, share):
 @pytest.mark.parametrize('col,value', [('Projection', 'OBLIQUE'), ('MethodLabel', 'Guess')])
 def test_unknown_code(root, col, value):
     with pytest.raises(DataError, match=value): read_padchest(spoil(root, col, value))
-
-
-@pytest.mark.parametrize('col', ['ImageID', 'ImageDir', 'StudyDate_DICOM', 'StudyID', 'PatientID', 'PatientBirth', 'PatientSex_DICOM', 'Projection',
-                                 'MethodLabel', 'Labels'])
-def test_missing_column(root, col):
-    table(root).drop(columns=col).to_csv(root/CSV, index=False)
-    with pytest.raises(DataError, match=col) as e: read_padchest(root)
-    assert 'LocalizationsCUIS' in str(e.value), 'the columns that were found are listed'
 
 
 def test_missing_table(root):
@@ -250,15 +250,6 @@ def test_no_official_split(root):
 def test_counts_differ_from_published(root, capsys):
     read_padchest(root)
     assert 'WARNING' in capsys.readouterr().out
-
-
-def test_one_training_step(root):
-    r = split_patients(read_padchest(root))
-    dls = records_dls(r, size=32, bs=4, bits=16, device='cpu')
-    learn = Learner(dls, create_classifier('small_resnet', len(r.labels), in_channels=1), loss_func=MaskedBCE())
-    x, y = dls.one_batch()
-    loss = learn.loss_func(learn.model(x), y); loss.backward()
-    assert x.shape == (4, 1, 32, 32) and torch.isfinite(loss)
 
 
 def test_rows_left_out_on_purpose_do_not_change_the_published_count(root, capsys):

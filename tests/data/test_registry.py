@@ -8,22 +8,32 @@ import torch
 from fastai.learner import Learner
 from medprivacy import cli
 from medprivacy.core import ConfigError, DataError
+from medprivacy.data.chexpert import CHEXPERT_COMPETITION, soft
 from medprivacy.data.load import records_dls
 from medprivacy.data.registry import FAKES, READERS, read_dataset, readers_table
 from medprivacy.data.split import complete_split
 from medprivacy.models.resnet import create_classifier
-from medprivacy.probe import ProbeLoss
+from medprivacy.objectives.focal import MaskedBCE
 
 
-@pytest.mark.parametrize('name', READERS)
-def test_from_look_alike_to_training_step(name, tmp_path, capsys):
-    recs = complete_split(read_dataset(name, FAKES[name](tmp_path/name, n_patients=30), missing='drop'))
+SOFT = dict(labels=list(CHEXPERT_COMPETITION), uncertain=soft(.55, .85), blank='ignore')
+STEPS = [pytest.param(n, {}, {}, id=n) for n in READERS] + [
+    pytest.param('odir', dict(form='kaggle'), {}, id='odir-kaggle'), pytest.param('chexpert', {}, SOFT, id='chexpert-soft'),
+    pytest.param('chexpert', {}, SOFT | dict(uncertain='ignore'), id='chexpert-masked'),
+    pytest.param('mimic_cxr', {}, dict(labels=['Edema', 'Fracture'], uncertain='ignore'), id='mimic_cxr-masked')]
+
+@pytest.mark.parametrize('name,fake,options', STEPS)
+def test_from_look_alike_to_training_step(name, fake, options, tmp_path):
+    "Photographs of several sizes, 16-bit and DICOM films, soft and unknown labels: from the tree to a step of training"
+    recs = complete_split(read_dataset(name, FAKES[name](tmp_path/name, n_patients=30, **fake), missing='drop', **options))
     assert recs.name == name and set(recs.df.split) == {'train', 'valid', 'test'}
+    if options: assert recs.df[list(recs.labels)].isna().any(axis=None)
     dls = records_dls(recs, size=32, bs=4, device='cpu')
     x, y = dls.one_batch()
-    assert x.shape == (4, dls.train.dataset.x.shape[-3], 32, 32) and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+    channels = 3 if readers_table().set_index('name').images[name] == 'fundus' else 1
+    assert x.shape == (4, channels, 32, 32) and x.dtype == torch.float32 and 0 <= x.min() < x.max() <= 1
     assert y.shape == (4, len(recs.labels))
-    learn = Learner(dls, create_classifier('small_resnet', len(recs.labels), x.shape[1]), loss_func=ProbeLoss('binary'))
+    learn = Learner(dls, create_classifier('small_resnet', len(recs.labels), channels), loss_func=MaskedBCE())
     before = [p.detach().clone() for p in learn.model.parameters()]
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert torch.isfinite(torch.tensor(learn.recorder.losses)).all()
