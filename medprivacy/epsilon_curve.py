@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['EPSILONS', 'START', 'DP_CXR', 'UNACCOUNTED', 'Job', 'curve_jobs', 'private_curve', 'run_dp_cxr']
 
-# %% ../nbs/65d_epsilon_curve.ipynb #b29dfe12
+# %% ../nbs/65d_epsilon_curve.ipynb #732c21f9
 import hashlib, json, math, time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,19 @@ import torch
 import medprivacy.dp.callback
 from .assess import assess, write_assessment
 from .budgets import curve_table
-from .core import (CheckpointError, ConfigError, Run, add_config, add_record, add_summary, add_table,
+from .core import (ConfigError, Run, add_config, add_record, add_summary, add_table,
                              atomic_write, seed_everything, stage)
-from .data.core import Predictions, Records, concat_predictions, load_predictions, save_predictions
+from .data.core import Predictions, Records, concat_predictions, save_predictions
 from .data.load import records_dls
 from .dp.clip import clipped_batch
+from .fits import Fits, Fitted
 from .inputs import check_unit, known_sizes, unit_of
 from .probe import ProbeLoss, probe_predictions
 from .report import report
 from .start import OPTIMIZERS, plain_learner, start_weights, started_model, write_weights
-from .train import data_facts
+from .train import checkpoint_cbs, data_facts
 
-# %% ../nbs/65d_epsilon_curve.ipynb #6822182e
+# %% ../nbs/65d_epsilon_curve.ipynb #ef31a703
 EPSILONS = (.29, .54, 1.06, 2.04, 4.71, 7.89)    # published targets
 
 START = dict(modality=None, n_patients=600, seed=None, epochs=6, lr=5e-4, bs=32)    # phantoms to pretrain on
@@ -36,7 +38,7 @@ START = dict(modality=None, n_patients=600, seed=None, epochs=6, lr=5e-4, bs=32)
 DP_CXR = dict(epsilons=EPSILONS, arch='resnet9', optimizer='nadam', lr=2e-4, max_grad_norm=1.5, bs=128, physical_bs=32,
               delta=6e-6, unit='patient', epochs=10, private_epochs=10, start='phantoms')
 
-# %% ../nbs/65d_epsilon_curve.ipynb #4076336b
+# %% ../nbs/65d_epsilon_curve.ipynb #f112bc84
 @dataclass(frozen=True)
 class Job:
     "One model of a curve"
@@ -44,9 +46,10 @@ class Job:
     target: float      # ε that is aimed at; inf: no privacy
     repeat: int = 0    # Which training of this ε
     @property
-    def slug(self): return 'public' if math.isinf(self.target) else f'eps_{self.target:g}'
+    def private(self): return math.isfinite(self.target)
     @property
-    def file(self): return self.slug + (f'_{self.repeat+1}' if self.repeat else '')
+    def file(self):
+        return (f'eps_{self.target:g}' if self.private else 'public') + (f'_{self.repeat+1}' if self.repeat else '')
 
 def curve_jobs(
     epsilons:tuple=EPSILONS,   # Targets
@@ -63,78 +66,60 @@ def curve_jobs(
                                                     for e in eps]
     return out
 
-# %% ../nbs/65d_epsilon_curve.ipynb #c00162d5
-def _identity(s, dls, start):
-    "Hash of everything that a stored job depends on"
-    said  = {k: v for k,v in s.items() if k not in ('n_boot', 'device', 'epsilons', 'repeats')}
-    which = None if start is None else hashlib.sha256(Path(start).read_bytes()).hexdigest()
-    text  = json.dumps([said, data_facts(dls), which], default=str, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+# %% ../nbs/65d_epsilon_curve.ipynb #8b80c5bb
+def _facts(s, dls, start):
+    "Everything that a stored job depends on"
+    said  = {k: v for k,v in s.items() if k not in ('n_boot', 'device', 'epsilons', 'repeats', 'start', 'start_args')}
+    which = None if start is None else hashlib.sha256(Path(start).read_bytes()).hexdigest()[:16]
+    return {**said, **data_facts(dls), 'weights at the start': which}
 
-# %% ../nbs/65d_epsilon_curve.ipynb #dd394799
-def _stored(run, job, key):
-    "What a finished job left behind, or None"
-    f = run.path/'curve'/f'{job.file}.json'
-    if not f.exists(): return None
-    done = json.loads(f.read_text(encoding='utf-8'))
-    if done['identity'] != key:
-        raise CheckpointError(f'{f.name} in {f.parent} belongs to other images, settings or weights; use another '
-                              f'folder')
-    return done
-
-def _train_job(run, job, dls, start, s, key):
-    "Train one model, store it, then say that it is done"
+def _train_job(run, job, dls, start, s, checkpoint=None, every=100, resume=False, cbs=()):
+    "Train one model, store its weights, and say what was spent"
     seed_everything(s['seed']+job.repeat)
     ds     = dls.train.dataset
     model  = started_model(start, s['arch'], len(ds.records.labels), ds.x.shape[-3], s['head'])
-    free   = math.isinf(job.target)
     learn  = plain_learner(dls, model, s['optimizer'], s['lr'], job.name)
-    epochs = s['epochs'] if free else s['private_epochs']
+    epochs = s['private_epochs'] if job.private else s['epochs']
+    learn.add_cbs([*cbs, *checkpoint_cbs(checkpoint, every, resume)])
     with learn.no_bar(), learn.no_logging():
-        if not free: learn.to_private(target_epsilon=job.target, epochs=epochs, delta=s['delta'], unit=s['unit'],
-                                      max_grad_norm=s['max_grad_norm'], physical_bs=s['physical_bs'])
+        if job.private: learn.to_private(target_epsilon=job.target, epochs=epochs, delta=s['delta'], unit=s['unit'],
+                                         max_grad_norm=s['max_grad_norm'], physical_bs=s['physical_bs'])
         learn.fit(epochs, s['lr'])
-    preds = probe_predictions(learn.model, dls, ProbeLoss('binary'), ds.records.labels, job.name, run.path.name)
     write_weights(run.path/'model'/f'{job.file}.safetensors', learn.model)
-    save_predictions(preds, run.path/'curve'/f'{job.file}.parquet')
-    done = dict(identity=key, name=job.name, target=None if free else job.target, repeat=job.repeat,
-                spent=None if free else asdict(learn.dp.spent))
-    atomic_write(run.path/'curve'/f'{job.file}.json', json.dumps(done, indent=1) + '\n')
-    if not free: print(f'  {learn.dp.spent}')
-    return done
+    preds = probe_predictions(learn.model, dls, ProbeLoss('binary'), ds.records.labels, job.name, run.path.name)
+    if job.private: print(f'  {learn.dp.spent}')
+    return Fitted(preds, dict(spent=asdict(learn.dp.spent)) if job.private else {})
 
-# %% ../nbs/65d_epsilon_curve.ipynb #44d4d142
+# %% ../nbs/65d_epsilon_curve.ipynb #e1b6d336
 def _step_seconds(model, shape, n_out, s):
     "Seconds of one logical batch, without and with privacy, on random pixels"
     n    = min(s['bs'], s['physical_bs'])
     x, y = torch.rand(n, *shape, device=s['device'] or 'cpu'), torch.randint(2, (n, n_out)).float()
-    x, y, loss, took = x, y.to(x.device), ProbeLoss('binary'), dict(free=[], private=[])
+    x, y, loss, took = x, y.to(x.device), ProbeLoss('binary'), {False: [], True: []}
     for _ in range(3):
-        t = time.perf_counter(); loss(model(x), y).backward(); took['free'].append(time.perf_counter()-t)
+        t = time.perf_counter(); loss(model(x), y).backward(); took[False].append(time.perf_counter()-t)
         t = time.perf_counter(); clipped_batch(model, loss, (x,), (y,), s['max_grad_norm'])
-        took['private'].append(time.perf_counter()-t)
+        took[True].append(time.perf_counter()-t)
     return {k: min(v)*s['bs']/n for k,v in took.items()}
 
-def _plan(run, jobs, dls, model, s, key):
+def _plan(fits, jobs, dls, model, s):
     "Print the jobs with their expected time"
     ds    = dls.train.dataset
     units = len(set(dls.train_patients)) if s['unit'] == 'patient' else len(ds)
     took  = _step_seconds(model.to(dls.device), ds.x.shape[1:], len(ds.records.labels), s)
     rows  = []
     for j in jobs:
-        free  = math.isinf(j.target)
-        steps = s['epochs']*max(1, len(ds)//s['bs']) if free else s['private_epochs']*max(1, round(units/s['bs']))
-        done  = _stored(run, j, key) is not None
-        rows.append(dict(model=j.name, epsilon='–' if free else f'{j.target:g}', steps=steps, batch=s['bs'],
-                         minutes=0. if done else round(steps*took['free' if free else 'private']/60, 1),
+        steps = s['private_epochs']*max(1, round(units/s['bs'])) if j.private else s['epochs']*max(1, len(ds)//s['bs'])
+        done  = fits.finished(j.file) is not None
+        rows.append(dict(model=j.name, epsilon=f'{j.target:g}' if j.private else '–', steps=steps, batch=s['bs'],
+                         minutes=0. if done else round(steps*took[j.private]/60, 1),
                          state='stored' if done else 'to do'))
     plan = pd.DataFrame(rows)
-    print(f'{units} training {s["unit"]}s, {len(ds)} images, δ = {s["delta"]:g}; the jobs, with minutes at the speed '
-          f'of '
-          f'this moment:\n{plan.to_string(index=False)}\nabout {plan.minutes.sum():.0f} min in all', flush=True)
+    print(f'{units} training {s["unit"]}s, {len(ds)} images, δ = {s["delta"]:g}; minutes at the speed of this moment:'
+          f'\n{plan.to_string(index=False)}\nabout {plan.minutes.sum():.0f} min in all', flush=True)
     return plan
 
-# %% ../nbs/65d_epsilon_curve.ipynb #f803c3b7
+# %% ../nbs/65d_epsilon_curve.ipynb #d51da3b4
 UNACCOUNTED = ('the threshold of each label is chosen on validation patients (Youden), outside the budget',)
 _WARNINGS   = ('Each ε is that of one model. Who publishes several of these models spends the sum of their ε and δ; '
                'the '
@@ -158,14 +143,14 @@ def _check(records, s):
 def _spent_table(jobs, done):
     rows = []
     for j in jobs:
-        spent = done[j.name]['spent'] or {}
+        spent = done[j.name].more.get('spent', {})
         rows.append(dict(model=j.name, condition=j.name.partition(' (')[0], target=j.target,
                          epsilon=spent.get('eps', np.inf), delta=spent.get('delta', np.nan),
                          noise_multiplier=spent.get('noise_multiplier', np.nan), steps=spent.get('steps', np.nan),
                          sample_rate=spent.get('sample_rate', np.nan)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/65d_epsilon_curve.ipynb #aa2133aa
+# %% ../nbs/65d_epsilon_curve.ipynb #d7ea962d
 def _start_row(run, records, dls, file, facts, s):
     "The start judged as it is, where its findings are those of the records"
     if list(facts['labels']) != list(records.labels) and s['head'] != 'kept': return None
@@ -178,7 +163,8 @@ def _write(run, preds, terms, done, facts, s):
     one   = terms[~terms.model.str.contains('(', regex=False)]
     table = known_sizes(run, curve_table(preds, terms, n_boot=s['n_boot'], unit=unit_of(run)))
     add_table(run, 'curve', table); add_table(run, 'budgets', terms[terms.condition.str.startswith('private')])
-    mean  = table[(table.label == 'macro') & (table.condition != 'start')].rename(columns={'auroc': 'value'})
+    means = table[table.label == 'macro'].rename(columns={'auroc': 'value'})
+    mean  = means[means.condition != 'start']
     for b,name in (('all', 'eps'), ('sex', 'eps_sex'), ('age_band', 'eps_age_band')):
         t = mean[mean['by'] == b].drop(columns=['by', 'label'])
         if len(t): add_table(run, name, t.drop(columns='group') if b == 'all' else t)
@@ -187,19 +173,19 @@ def _write(run, preds, terms, done, facts, s):
     found = assess(show, [(m, 'public') for m in one.model if m != 'public'], n_boot=s['n_boot'], unit=unit_of(run))
     found.tables.update({k: known_sizes(run, t) for k,t in found.tables.items()})
     found.notes.extend(_WARNINGS)
-    main  = done['private']['spent']
+    main  = done['private'].more['spent']
     add_record(run, 'train', arch=s['arch'], epochs=s['epochs'], private_epochs=s['private_epochs'], lr=s['lr'],
                optimizer=s['optimizer'], max_grad_norm=s['max_grad_norm'], start=facts['said'], **main,
                unaccounted=UNACCOUNTED, all_eps=one.epsilon[one.condition.str.startswith('private')].tolist())
     write_assessment(run, found)
     for name,o in (('privacy', main), ('unaccounted', list(UNACCOUNTED))):
         atomic_write(run.path/f'{name}.json', json.dumps(o, indent=1) + '\n')
-    best  = mean[mean['by'] == 'all']
+    best  = means[means['by'] == 'all']
     add_summary(run, {f'{r.condition.replace(" ", "_")}.disease.auroc': dict(value=r.value, lo=r.lo, hi=r.hi, n=r.n)
                       for r in best.itertuples()} | {'private.epsilon': main['eps'], 'private.delta': main['delta']})
     return table
 
-# %% ../nbs/65d_epsilon_curve.ipynb #f5e60196
+# %% ../nbs/65d_epsilon_curve.ipynb #7caaccae
 def private_curve(
     run:Run,                            # The run
     records:Records,                    # With split; their training patients are protected
@@ -233,20 +219,20 @@ def private_curve(
     channels = dls.train.dataset.x.shape[-3]
     file, facts = start_weights(run, s['start'], start_args, arch=arch, size=size, channels=channels,
                                 optimizer=optimizer, device=device)
-    key = _identity(s, dls, file)
+    fits = Fits(run.path, name='curve-', facts=_facts(s, dls, file))
     print(f"start: {facts['said']}")
-    _plan(run, jobs, dls, started_model(file, arch, len(records.labels), channels, head), s, key)
+    _plan(fits, jobs, dls, started_model(file, arch, len(records.labels), channels, head), s)
     done = {}
     for j in jobs:
-        done[j.name] = _stored(run, j, key)
-        if done[j.name]: print(f'▸ {j.name}: stored'); continue
-        with stage(run, f'{j.name}, target ε = {j.target:g}'): done[j.name] = _train_job(run, j, dls, file, s, key)
-    preds, terms = [load_predictions(run.path/'curve'/f'{j.file}.parquet') for j in jobs], _spent_table(jobs, done)
+        with stage(run, f'{j.name}, target ε = {j.target:g}'):
+            done[j.name] = fits.predictions(j.file, partial(_train_job, run, j, dls, file, s), private=j.private)
+    preds, terms = [done[j.name].preds for j in jobs], _spent_table(jobs, done)
     if (row := _start_row(run, records, dls, file, facts, s)) is not None:
-        preds.append(row); terms.loc[len(terms)] = dict(model='start', condition='start', epsilon=0.)
+        preds.append(row)
+        terms = pd.concat([terms, pd.DataFrame([dict(model='start', condition='start', epsilon=0.)])])
     return _write(run, concat_predictions(preds), terms, done, facts, s)
 
-# %% ../nbs/65d_epsilon_curve.ipynb #da3b9579
+# %% ../nbs/65d_epsilon_curve.ipynb #557bc56f
 def run_dp_cxr(
     run:Run,               # The run
     records:Records,       # With split

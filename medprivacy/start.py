@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'START', 'TellCallback', 'plain_learner', 'weights_file', 'write_weights', 'check_other_patients',
            'start_weights', 'started_model']
 
-# %% ../nbs/65b_start.ipynb #3ea36433
+# %% ../nbs/65b_start.ipynb #77d33f59
 import json, tempfile, time
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from .models.resnet import create_classifier
 from .pretrain import head_name
 from .probe import ProbeLoss
 
-# %% ../nbs/65b_start.ipynb #107a39f5
+# %% ../nbs/65b_start.ipynb #c0d10b91
 OPTIMIZERS = dict(nadam=torch.optim.NAdam, adam=torch.optim.Adam, sgd=torch.optim.SGD)
 
 class TellCallback(Callback):
@@ -59,7 +59,7 @@ def plain_learner(
     return Learner(dls, model, loss_func=ProbeLoss('binary'), opt_func=partial(OptimWrapper, opt=OPTIMIZERS[optimizer]),
                    lr=lr, wd=0., cbs=[TellCallback(title)])
 
-# %% ../nbs/65b_start.ipynb #5750d408
+# %% ../nbs/65b_start.ipynb #30e3db02
 def weights_file(
     path:str|Path,    # A file, or the folder of a run
 ) -> Path:            # The file
@@ -81,7 +81,7 @@ def write_weights(
     "Write the weights of a network, atomically"
     return atomic_write(file, save({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}))
 
-# %% ../nbs/65b_start.ipynb #02960e4d
+# %% ../nbs/65b_start.ipynb #d10c4150
 def check_other_patients(
     run:Run,              # The run whose patients are to be protected
     folder:str|Path,      # Where the weights come from
@@ -97,8 +97,9 @@ def check_other_patients(
             raise LeakageError(f'{home.name} was trained on the patients of this run: its weights would void ε; start '
                                'from those of other patients')
 
-# %% ../nbs/65b_start.ipynb #103798cc
-START = dict(modality=None, n_patients=600, seed=None, epochs=6, lr=5e-4, bs=32)    # None: as the images; the next seed
+# %% ../nbs/65b_start.ipynb #320f290d
+START = dict(modality=None, n_patients=1600, seed=None, epochs=6, lr=1e-3,
+             bs=64)    # None: as the images; the next seed
 
 def _phantom_settings(run, args, channels):
     "Complete settings of the phantoms to pretrain on, which must be other ones"
@@ -115,9 +116,9 @@ def _train_on_phantoms(a, arch, size, channels, optimizer, device, folder):
     "Write weights trained without privacy on phantoms; facts about them"
     with tempfile.TemporaryDirectory() as tmp:
         recs = make_phantom(tmp, a['modality'], a['n_patients'], size=size, seed=a['seed'])
-        dls  = records_dls(split_patients(recs, (.9, .1, 0), stratify='sex', seed=0), size=size, bs=a['bs'],
-                           channels=channels, device=device, cache=False)
-    seed_everything(a['seed'])
+        recs = split_patients(recs, (.9, .1, 0), stratify='sex', seed=0)
+        seed_everything(a['seed'])
+        dls  = records_dls(recs, size=size, bs=a['bs'], channels=channels, device=device, cache=False)
     model = create_classifier(arch, len(recs.labels), channels)
     learn = plain_learner(dls, model, optimizer, a['lr'], 'pretraining')
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a['epochs'], a['lr'])
@@ -126,7 +127,7 @@ def _train_on_phantoms(a, arch, size, channels, optimizer, device, folder):
             f"{len(set(dls.train_patients))} other patients (seed {a['seed']})")
     return dict(said=said, labels=list(recs.labels), settings=a)
 
-# %% ../nbs/65b_start.ipynb #5331169a
+# %% ../nbs/65b_start.ipynb #03e987f4
 def start_weights(
     run:Run,                       # The run; phantoms are trained on once, and their weights kept in start/
     start:str|Path,                # 'phantoms', a file of weights, the folder of a run; None: random weights
@@ -156,7 +157,7 @@ def start_weights(
     atomic_write(folder/'start.json', json.dumps(dict(facts, how=how), indent=1) + '\n')
     return folder/'weights.safetensors', dict(facts, how=how)
 
-# %% ../nbs/65b_start.ipynb #c1a23ae0
+# %% ../nbs/65b_start.ipynb #ef32b7e7
 def started_model(
     file:str|Path,       # Weights; None: random
     arch:str,            # See `create_classifier`
