@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare', 'calibrate', 'spent_so_far', 'open_ledger', 'plan_fit', 'charge', 'rank_facts', 'weigh_labels']
 
-# %% ../../nbs/40j_dp.budget.ipynb #02c6cce8
+# %% ../../nbs/40j_dp.budget.ipynb #3d1c19c0
 import hashlib
 
 import numpy as np
@@ -20,7 +20,7 @@ from .parallel import ranks
 from .plan import first_rank, plan_noise, training_facts
 from .sample import PoissonSampler, loader_bs, train_rows
 
-# %% ../../nbs/40j_dp.budget.ipynb #1c5dea17
+# %% ../../nbs/40j_dp.budget.ipynb #a5f8c589
 def prepare(
     cb:object,          # `DPCallback`
     dls:DataLoaders,    # With the training loader
@@ -72,7 +72,7 @@ def spent_so_far(
                         steps=cb.steps_taken, sample_rate=cb.rate, noise_multiplier=cb._noise,
                         private=not cb._test_mode)
 
-# %% ../../nbs/40j_dp.budget.ipynb #b642df27
+# %% ../../nbs/40j_dp.budget.ipynb #3a88099e
 def open_ledger(
     cb:object,     # `DPCallback`, calibrated
 ) -> None:
@@ -92,7 +92,9 @@ def plan_fit(
     if want == 0: return
     if cb._noise is None: calibrate(cb, cb.epochs or cb.learn.n_epoch)
     if cb.ledger is not None: open_ledger(cb)
-    if any(getattr(o, 'pending', False) for o in cb.learn.cbs): return
+    if any(getattr(o, 'pending', False) for o in cb.learn.cbs):   # A checkpoint is read, with weights that were paid for
+        if isinstance(cb.pos_weight, str): write(cb, _weighted=True)
+        return weigh_labels(cb)
     if cb.max_steps is not None and cb.steps_left <= 0:
         raise BudgetError(f'the budget is spent: {cb.spent}. The target was ε = {cb.target_epsilon} for {cb.max_steps} '
                           'steps; give epochs= to to_private to plan for more than the first fit')
@@ -117,7 +119,7 @@ def rank_facts(
              'noise_multiplier', 'clipping', 'views', 'precision')
     return {**{k: getattr(cb, k) for k in names}, 'patients': rows, 'epochs': cb.learn.n_epoch}
 
-# %% ../../nbs/40j_dp.budget.ipynb #c5dcf8a8
+# %% ../../nbs/40j_dp.budget.ipynb #76d304bc
 def _loss_with_weights(loss):
     for o in (loss, getattr(loss, 'func', None)):
         if hasattr(o, 'pos_weight'): return o
