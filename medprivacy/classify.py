@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNACCOUNTED', 'stage_fits', 'utility_stage', 'train_stage']
 
-# %% ../nbs/64b_classify.ipynb #bdd41d65
+# %% ../nbs/64b_classify.ipynb #f6467a4b
 import json
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,7 +29,7 @@ from .models.resnet import create_classifier
 from .probe import ProbeLoss, probe_predictions, train_probe
 from .train import check_precision, checkpoint_cbs, in_precision
 
-# %% ../nbs/64b_classify.ipynb #25d67ecc
+# %% ../nbs/64b_classify.ipynb #acacd40e
 def stage_fits(
     run:Run,                  # With a record of its split
     fits:Fits,                # None: nothing is kept
@@ -41,7 +41,7 @@ def stage_fits(
 
 def _facts(settings): return {k: v for k,v in settings.items() if k != 'progress'}
 
-# %% ../nbs/64b_classify.ipynb #96fa2686
+# %% ../nbs/64b_classify.ipynb #3ddd6175
 def _pairs(models):
     "Which classifier is compared with which: with the one that saw raw images, or was trained without privacy"
     base = {'obfuscated': 'raw', 'fixed raw classifier': 'raw'} | {m: 'public' for m in models
@@ -65,7 +65,7 @@ def _write_utility(run, preds, n_boot):
                       for r in best.itertuples()})
     return use
 
-# %% ../nbs/64b_classify.ipynb #9461684d
+# %% ../nbs/64b_classify.ipynb #2d38ed2d
 _LOADING = ('size', 'bs', 'draws', 'device')
 
 def _in_order(preds, *models):
@@ -73,7 +73,7 @@ def _in_order(preds, *models):
     df = pd.concat([preds.df[preds.df.model == m] for m in models], ignore_index=True)
     return Predictions(df, preds.labels, preds.task, preds.history)
 
-# %% ../nbs/64b_classify.ipynb #375ce7b0
+# %% ../nbs/64b_classify.ipynb #55c43db7
 def utility_stage(
     run:Run,                      # The run
     records:Records,              # With split and part
@@ -93,7 +93,8 @@ def utility_stage(
     def raw(**keep):
         p = train_probe(part, arch=arch, name='raw', run=name, **kw, **keep)
         if obfuscator is None: return Fitted(p.preds)
-        fixed = probe_predictions(p.model, released(), p.loss, p.preds.labels, 'fixed raw classifier', name)
+        fixed = probe_predictions(p.model, released(), p.loss, p.preds.labels, 'fixed raw classifier', name,
+                                  p.preds.task)
         return Fitted(concat_predictions([p.preds, fixed]))
     def retrained(**keep):
         return Fitted(train_probe(part, arch=arch, name='obfuscated', run=name, dls=released(), **kw, **keep).preds)
@@ -108,7 +109,7 @@ def utility_stage(
     return _write_utility(run, _in_order(concat_predictions(preds), 'raw', 'obfuscated', 'fixed raw classifier'),
                           n_boot)
 
-# %% ../nbs/64b_classify.ipynb #286cf227
+# %% ../nbs/64b_classify.ipynb #eab85995
 UNACCOUNTED = ('the threshold of each label is chosen on validation patients (Youden), outside the budget',
                'validation patients are scored after each epoch; nothing is chosen by it')
 
@@ -129,7 +130,7 @@ def _fitted(dls, arch, lr, epochs, seed, private=None, progress=False, precision
         learn.fit_one_cycle(epochs, lr)
     return learn
 
-# %% ../nbs/64b_classify.ipynb #60f6d0b5
+# %% ../nbs/64b_classify.ipynb #14350567
 def _scored(run, records, learn, dls, name):
     return probe_predictions(learn.model, dls, ProbeLoss('binary'), records.labels, name, run.path.name)
 
@@ -142,7 +143,7 @@ def _check_train(records, epsilons, unit, precision):
                           f'(--epsilon none), or use fp32')
     if epsilons: check_unit(records, unit)
 
-# %% ../nbs/64b_classify.ipynb #392a43cd
+# %% ../nbs/64b_classify.ipynb #2f59d834
 def train_stage(
     run:Run,                          # The run
     records:Records,                  # With split
@@ -199,7 +200,7 @@ def train_stage(
     if spent: _write_eps(run, use, dict(zip(names, (s.eps for s in spent))))
     return use
 
-# %% ../nbs/64b_classify.ipynb #5226401d
+# %% ../nbs/64b_classify.ipynb #b2168ef3
 def _write_privacy(run, spent, settings):
     "Terms and record; the first one is the run's"
     add_record(run, 'train', **settings, **asdict(spent[0]), unaccounted=UNACCOUNTED, all_eps=[s.eps for s in spent])

@@ -31,7 +31,7 @@ def _table(d):
     cols = {k: d[k] or None for k in ('image', 'patient', 'sex', 'age') if k in d}    # '': there is none
     codes = dict(kv.partition('=')[::2] for kv in d['sex_codes'].split(',')) if d.get('sex_codes') else None
     return read_table(d['csv'], d['root'], d['labels'], folder=d.get('folder', ''), ext=d.get('ext', ''),
-                      sex_codes=codes, name=d['name'], **cols)
+                      sex_codes=codes, name=d['name'], task=d.get('task', 'multilabel'), **cols)
 
 def check_data(
     data:dict,    # Section `data` of a run

@@ -64,6 +64,7 @@ def show_views(
     *,
     titles:list=None,         # One line per image
     limit:float=None,         # End of the colour scale of the difference; None takes the largest |Δ|
+    names:tuple=('original', 'obfuscated', 'difference'),    # Of the rows
 ) -> np.ndarray:         # Axes (3, B)
     "Show originals, obfuscated images and their difference in three rows"
     a, b = _pictures(original, 'original'), _pictures(obfuscated, 'obfuscated')
@@ -76,7 +77,7 @@ def show_views(
         _picture(axs[1,i], b[i])
         mean = f'mean{chr(10) if is_half() else " "}|Δ| {np.abs(b[i]-a[i]).mean():.3f}'
         im = _picture(axs[2,i], d[i], mean, cmap='cividis', vmin=-limit, vmax=limit)
-    for row,name in zip(axs, ('original', 'obfuscated', 'difference')): row[0].set_ylabel(name, fontsize=pt(10))
+    for row,name in zip(axs, names): row[0].set_ylabel(name, fontsize=pt(10))
     bar = axs[0,0].figure.colorbar(im, ax=axs[2,:].tolist(), shrink=.9, aspect=14, pad=.02)
     bar.set_label('Δ intensity\n(0 to 1 scale)', fontsize=pt(8))
     return axs
