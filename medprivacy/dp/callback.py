@@ -5,196 +5,100 @@
 # %% auto #0
 __all__ = ['DPCallback']
 
-# %% ../../nbs/41_dp.callback.ipynb #50ec40e7
-import hashlib, secrets
+# %% ../../nbs/41_dp.callback.ipynb #f41ecc64
 from pathlib import Path
 
 import numpy as np
-import torch
-from fastai.callback.core import Callback, CancelBackwardException, CancelFitException, CancelStepException
-from fastai.callback.fp16 import MixedPrecision, ModelToHalf, NonNativeMixedPrecision
-from fastai.callback.mixup import MixHandler
-from fastai.callback.schedule import LRFinder
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
+from fastcore.meta import delegates
 from ..core import BudgetError, ConfigError, MedPrivacyError, UnsupportedUnderDP
 from ..models.resnet import make_private_ready
-from .account import ACCOUNTANTS, PrivacySpent, epsilon
-from .clip import check_model, clipped_batch
+from .account import PrivacySpent
+from .budget import charge, plan_fit, prepare, rank_facts, spent_so_far
+from .clip import check_model
+from .guard import (DPSettings, Sealed, check_callbacks, check_home, reads_training_rows,
+                                 unaccounted_queries, write)
 from .ledger import Ledger
-from .parallel import SharedDraws, check_same, mean_loss, noisy_sum, ranks, same_weights
-from .plan import first_rank, plan_noise, training_facts
-from .sample import PoissonDL, PoissonSampler, loader_bs, train_rows
+from .noise import NoiseSource
+from .parallel import SharedDraws, check_same, same_weights
+from .sample import PoissonDL, fetch_rows
+from .step import PrivateStep, repeat_views
 
-# %% ../../nbs/41_dp.callback.ipynb #104b69cf
-def _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit, physical_bs, accountant, epochs):
-    "Refuse settings that make no sense, before anything is built"
-    if (target_epsilon is None) == (noise_multiplier is None):
-        raise ConfigError('give exactly one of target_epsilon and noise_multiplier')
-    positive = dict(target_epsilon=target_epsilon, max_grad_norm=max_grad_norm, physical_bs=physical_bs, epochs=epochs)
-    for k,v in positive.items():
-        if v is None and k!='max_grad_norm': continue
-        if not 0 < v < float('inf'): raise ConfigError(f'{k} must be above 0, got {v}')
-    for k,v in dict(physical_bs=physical_bs, epochs=epochs).items():
-        if v is not None and v != int(v): raise ConfigError(f'{k} must be a whole number, got {v}')
-    if noise_multiplier is not None and not noise_multiplier >= 0:
-        raise ConfigError(f'noise_multiplier must be 0 or more, got {noise_multiplier}')
-    if delta is not None and not 0 < delta < 1: raise ConfigError(f'delta must be in (0,1), got {delta}')
-    if unit not in ('patient', 'image'): raise ConfigError(f"unit must be 'patient' or 'image', got {unit!r}")
-    if accountant not in ACCOUNTANTS: raise ConfigError(f'accountant must be one of {ACCOUNTANTS}, got {accountant!r}')
-
-# %% ../../nbs/41_dp.callback.ipynb #38f0539f
-class DPCallback(Callback):
+# %% ../../nbs/41_dp.callback.ipynb #656137fa
+class DPCallback(Sealed, Callback):
     "Settings, steps and noise of private training; added by `Learner.to_private`, reached as `learn.dp`"
     order = Recorder.order+1   # After Recorder has made its columns, before the progress bar is drawn
+    terms = ('target_epsilon', 'noise_multiplier', 'delta', 'max_grad_norm', 'unit', 'accountant', 'epochs', 'clipping',
+             'views', 'engine', 'precision', 'secure', 'pos_weight', 'count_noise', 'rate', 'n_units', 'sampler',
+             'steps_taken', 'max_steps', 'spent', 'steps_left', 'noise', 'counts', 'ledger', 'unaccounted', '_noise',
+             '_seed', '_test_mode', '_extra', '_train_dl', '_home', '_dataset', '_fingerprint', '_sealed')
 
+    @delegates(DPSettings)
     def __init__(self,
         target_epsilon:float=None,      # ε that training must not exceed
         noise_multiplier:float=None,    # σ, instead of a target
         *,
-        delta:float=None,               # δ, below 1/units; None: 1/(10·units)
-        max_grad_norm:float=1.,         # Clipping norm C of one image's gradient
-        unit:str='patient',             # What is protected: 'patient' or 'image'
-        physical_bs:int=None,           # Images at a time in memory; None: the whole batch
-        accountant:str='prv',           # 'prv', 'rdp' or 'gdp'
-        epochs:int=None,                # Epochs that the target is for; None: those of the first fit
-        patients:np.ndarray=None,       # Patient of each training row; None: `dls.train_patients`
         ledger:str|Path|Ledger=None,    # File that every step is written to before it is taken; None: counted in memory
         seed:int=None,                  # For tests only: noise and draws can be repeated, so the result is not private
+        **kwargs
     ):
-        _check_settings(target_epsilon, noise_multiplier, delta, max_grad_norm, unit, physical_bs, accountant, epochs)
-        self.target_epsilon,self.max_grad_norm,self.unit,self.accountant = target_epsilon,max_grad_norm,unit,accountant
-        self.physical_bs,self.delta,self.epochs,self._patients = physical_bs,delta,epochs,patients
-        self._noise,self._seed,self._gens,self._loader = noise_multiplier,seed,{},None
-        self.steps_taken,self.max_steps,self.sampler,self._train_dl,self._test_mode = 0,None,None,None,seed is not None
-        self._log_eps = self._checked = False
-        self.rate = self.n_units = self._facts = None
-        self.ledger = ledger if ledger is None or isinstance(ledger, Ledger) else Ledger(ledger)
-        self.start = 0   # Steps of the next pass that were taken before an interruption
+        s = vars(DPSettings(target_epsilon, noise_multiplier, **kwargs))
+        ledger = ledger if ledger is None or isinstance(ledger, Ledger) else Ledger(ledger)
+        write(self, **{k: v for k,v in s.items() if k != 'noise_multiplier'}, _noise=noise_multiplier, ledger=ledger)
+        write(self, noise=NoiseSource(secure=self.secure, seed=seed), _seed=seed, _test_mode=seed is not None)
+        write(self, steps_taken=0, max_steps=None, sampler=None, rate=None, n_units=None, counts=None, _extra=(),
+              _train_dl=None, _loader=None, _home=None, _ids=None, _facts=None, _unaccounted=[], _weighted=False)
+        self._log_eps,self._checked,self.start = False,False,0   # start: steps of a pass before an interruption
+        self._sealed = True
 
     @property
-    def noise_multiplier(self): return self._noise
+    def noise_multiplier(self) -> float: return self._noise
     @property
-    def spent(self): return _spent(self)
+    def spent(self) -> PrivacySpent: return spent_so_far(self)
     @property
-    def steps_left(self): return None if self.max_steps is None else self.max_steps-self.steps_taken
+    def steps_left(self) -> int: return None if self.max_steps is None else self.max_steps-self.steps_taken
+    @property
+    def unaccounted(self) -> list: return list(self._unaccounted)
 
     def __getstate__(self):   # An exported learner must carry neither the noise nor the patients
-        hidden = dict(sampler=None, _train_dl=None, _loader=None, _patients=None, _gens={}, _seed=None)
-        return {**self.__dict__, **hidden}
+        hidden = 'sampler', '_train_dl', '_loader', '_ids', '_seed', '_home', '_dataset', 'noise'
+        return {**self.__dict__, **dict.fromkeys(hidden)}
 
     def before_fit(self):
         if self.learn.lock.locked(): return   # validate and get_preds send this event too, holding the lock
-        try: _guard(self); _plan(self); _add_column(self)
+        try: _guard(self); plan_fit(self); _add_column(self)
         except MedPrivacyError: self._close(); raise
     def before_epoch(self): self._log_eps = False
     def before_train(self): _start_pass(self)
+    def before_validate(self):
+        if self.sampler is not None and reads_training_rows(self):
+            _note(self, 'validation or prediction read training images without noise')
     def after_fit(self):
-        if not self.learn.lock.locked(): self._close()
+        if not self.learn.lock.locked(): self._loader = None; self._close()
     def _close(self):
         if self.ledger is not None: self.ledger.close()
     def after_validate(self):
         if self._log_eps and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.spent.eps)
         self._log_eps = False
 
-# %% ../../nbs/41_dp.callback.ipynb #491f4a8d
-def _prepare(cb, dls):
-    "Take units, rate and δ from the training loader"
-    dl, n  = dls.train, train_rows(dls.train)
-    ids    = cb._patients if cb._patients is not None else getattr(dls, 'train_patients', None)
-    if cb.unit == 'image': ids = None
-    elif ids is None:
-        raise ConfigError("the loaders carry no patient ids (dls.train_patients): give patients=, "
-                          "or protect images instead, with unit='image'")
-    cb.sampler,cb._train_dl,cb._patients = PoissonSampler(ids, n, loader_bs(dl), cb._seed),dl,None
-    cb.rate,cb.n_units,units = cb.sampler.rate,cb.sampler.n_units,cb.sampler.n_units
-    if cb.delta is None: cb.delta = 1/(10*units)
-    if cb.delta >= 1/units:
-        raise ConfigError(f'delta {cb.delta} must be below 1/{units}, one over the number of {cb.unit}s: '
-                          'else one of them may be published whole')
-    if cb.target_epsilon is not None and cb.epochs is not None: _calibrate(cb, cb.epochs)
-
-def _calibrate(cb, epochs):
-    "Fix the noise, and the number of steps it is good for"
-    cb._planned = int(epochs)*cb.sampler.steps_per_epoch
-    cb._noise,cb.max_steps = plan_noise(cb.ledger, cb.target_epsilon, sample_rate=cb.rate, steps=cb._planned,
-                                        delta=cb.delta, accountant=cb.accountant)
-
-def _spent(cb):
-    "What has been spent so far, as `PrivacySpent`; with a ledger, what stands there"
-    if cb.ledger is not None and ranks()[0]: cb.ledger.reload()
-    if cb.ledger is not None and cb.ledger.facts: return cb.ledger.spent()
-    eps = epsilon(cb._noise, cb.rate, cb.steps_taken, cb.delta, cb.accountant) if cb.steps_taken else 0.
-    return PrivacySpent(eps, cb.delta, cb.accountant, 'poisson', neighbours='add-remove', unit=cb.unit,
-                        steps=cb.steps_taken, sample_rate=cb.rate, noise_multiplier=cb._noise,
-                        private=not cb._test_mode)
-
-# %% ../../nbs/41_dp.callback.ipynb #c902ca08
-_CONFLICTS = [
-    (LRFinder, BudgetError,
-     'lr_find would train on the private images, and spend budget: search on a public learner with other images'),
-    (GradientAccumulation, UnsupportedUnderDP,
-     'GradientAccumulation adds up noisy gradients: use physical_bs instead'),
-    ((MixedPrecision, NonNativeMixedPrecision, ModelToHalf), UnsupportedUnderDP,
-     'MixedPrecision scales the loss and rounds gradients before they are clipped: call to_fp32() first'),
-    (MixHandler, UnsupportedUnderDP,
-     'MixUp and CutMix put the images of two patients in one gradient: remove the callback')]
-_PARALLEL = {'DistributedTrainer', 'ParallelTrainer'}   # By name: their module needs accelerate
-
-def _rank_facts(cb):
-    "What must be equal on all ranks"
-    rows = hashlib.sha256(cb.sampler.rows.tobytes()+cb.sampler.counts.tobytes()).hexdigest()[:16]
-    names = 'target_epsilon', 'max_grad_norm', 'unit', 'accountant', 'delta', 'rate', 'steps_taken', 'noise_multiplier'
-    return {**{k: getattr(cb, k) for k in names}, 'patients': rows, 'epochs': cb.learn.n_epoch}
+# %% ../../nbs/41_dp.callback.ipynb #ea3ebdee
+def _note(cb, *queries): cb._unaccounted.extend(q for q in dict.fromkeys(queries) if q not in cb._unaccounted)
 
 def _guard(cb):
     "Refuse a fit that would not be as private as it says"
-    for kinds,error,why in _CONFLICTS:
-        if cb.learn._grab_cbs(kinds): raise error(why)
-    if _PARALLEL & {type(o).__name__ for o in cb.learn.cbs}:
-        raise UnsupportedUnderDP('DistributedTrainer and ParallelTrainer average gradients before they are clipped: '
-                                 'leave them out, and call dp.parallel.start_ranks() at the top of the script')
-    if cb.sampler is None:
-        raise ConfigError('this DPCallback was loaded from a file, or added by hand: '
-                          'use learn.to_private(...) on a learner with its data')
-    dl = cb.learn.dls.train
-    if dl is not cb._train_dl or loader_bs(dl) != cb.sampler.bs or train_rows(dl) != len(cb.sampler.rows):
-        raise ConfigError('the training loader or its batch size changed after to_private: ε would be wrong. '
-                          'Make a new learner')
+    check_callbacks(cb.learn)
+    check_home(cb)
     check_model(cb.learn.model)
-    check_same(_rank_facts(cb)); same_weights(cb.learn.model)
+    check_same(rank_facts(cb)); same_weights(cb.learn.model)
+    _note(cb, *unaccounted_queries(cb.learn))
+    if cb.pos_weight is not None and not isinstance(cb.pos_weight, str):
+        _note(cb, 'pos_weight was given: not covered if it was computed from these labels')
     cb._checked = False
-    cb.learn._do_one_batch = _Step(cb)
-
-def _plan(cb):
-    "Set the noise at the first fit; refuse when nothing is left, say when not enough is"
-    want = cb.learn.n_epoch*cb.sampler.steps_per_epoch
-    if want == 0: return
-    if cb._noise is None: _calibrate(cb, cb.epochs or cb.learn.n_epoch)
-    if cb.ledger is not None: _open_ledger(cb)
-    if cb.max_steps is None or any(getattr(o, 'pending', False) for o in cb.learn.cbs): return
-    if cb.steps_left <= 0:
-        raise BudgetError(f'the budget is spent: {cb.spent}. The target was ε = {cb.target_epsilon} for {cb.max_steps} '
-                          'steps; give epochs= to to_private to plan for more than the first fit')
-    if want > cb.steps_left:
-        print(f'The private budget has {cb.steps_left} of these {want} steps left: training stops there.')
-
-def _open_ledger(cb):
-    "Make or continue the file, on rank 0; all ranks count on from what it holds"
-    def begin():
-        if cb._facts is None: cb._facts = training_facts(cb.ledger.path, cb)
-        plan = {'noise multiplier': cb._noise, 'planned steps': getattr(cb, '_planned', None),
-                'max steps': cb.max_steps}
-        return cb.ledger.begin({**cb._facts, **plan}).used
-    cb.steps_taken = first_rank(begin)
-
-def _charge(cb):
-    "Count a step, on the disk first; before anything of its batch can be seen"
-    if cb.ledger is not None and ranks()[0] == 0: cb.ledger.charge(cb._noise, cb.rate, most=cb.steps_left)
-    cb.steps_taken += 1
+    cb.learn._do_one_batch = PrivateStep(cb, charge)
 
 def _start_pass(cb):
     "Let the epoch draw Poisson batches, no more than the budget has left"
@@ -202,7 +106,8 @@ def _start_pass(cb):
     if cb.steps_left == 0 and not start: raise CancelFitException()
     n = cb.sampler.steps_per_epoch
     if cb.steps_left is not None: n = min(n, start+cb.steps_left)
-    cb._loader = cb.learn.dl = PoissonDL(cb._train_dl, SharedDraws(cb.sampler), n, start)
+    def fetch(dl, rows): return repeat_views(lambda: fetch_rows(dl, rows), cb.views)
+    cb._loader = cb.learn.dl = PoissonDL(cb._train_dl, SharedDraws(cb.sampler), n, start, fetch=fetch)
     cb._log_eps = True
 
 def _add_column(cb):
@@ -212,56 +117,7 @@ def _add_column(cb):
     names.insert(len(names)-(names[-1]=='time'), 'epsilon')
     cb.recorder.metric_names = L(names)
 
-# %% ../../nbs/41_dp.callback.ipynb #41bc3212
-def _generator(cb, device):
-    "Source of noise on `device`, seeded by the operating system"
-    key = str(device)
-    if key not in cb._gens:
-        cb._gens[key] = torch.Generator(device=device)
-        cb._gens[key].manual_seed(secrets.randbits(63) if cb._seed is None else cb._seed)
-    return cb._gens[key]
-
-def _set_grads(cb, grads):
-    "`.grad` = (clipped sum + noise) / expected batch size"
-    std = cb._noise*cb.max_grad_norm
-    def add(sums):
-        for g in sums.values():
-            noise = torch.randn(g.shape, generator=_generator(cb, g.device), device=g.device, dtype=g.dtype)
-            g.add_(noise, alpha=std).div_(cb.sampler.bs)
-        return sums
-    grads = noisy_sum(grads, add)     # On rank 0 only, once
-    for n,p in cb.learn.model.named_parameters():
-        if p.requires_grad: p.grad = grads[n]
-
-def _show(cb, out, loss):
-    "Let callbacks see outputs and loss"
-    learn,pred = cb.learn,out.preds
-    learn.pred,learn.loss_grad,learn.loss = pred,loss,loss.clone()
-    learn('after_pred'); learn('after_loss')
-    if learn.pred is not pred or learn.loss_grad is not loss:
-        raise UnsupportedUnderDP('a callback replaced the prediction or the loss of a clipped batch: remove it')
-
-class _Step:
-    "One private step, in place of `Learner._do_one_batch`"
-    def __init__(self, cb:DPCallback): self.cb = cb
-    def __call__(self):
-        cb,learn = self.cb,self.cb.learn
-        if learn is None: raise ConfigError('DPCallback was removed by hand: call learn.to_public() as well')
-        if not learn.training: return type(learn)._do_one_batch(learn)
-        if learn.dl is not cb._loader: raise BudgetError('this batch was not drawn by private training: use learn.fit')
-        if cb.steps_left == 0: raise BudgetError(f'the budget is spent: {cb.spent}')
-        _charge(cb)
-        n   = len(learn.yb[0])
-        out = clipped_batch(learn.model, learn.loss_func, learn.xb, learn.yb, cb.max_grad_norm,
-                            physical_bs=cb.physical_bs, check=not cb._checked)
-        loss = mean_loss(out.losses)   # Of all ranks
-        if n: cb._checked = True; _show(cb, out, loss)
-        learn._with_events(lambda: _set_grads(cb, out.grads), 'backward', CancelBackwardException)
-        learn._with_events(learn._step, 'step', CancelStepException)
-        learn.opt.zero_grad()
-        if not n: learn.yb = ()
-
-# %% ../../nbs/41_dp.callback.ipynb #cc599f5c
+# %% ../../nbs/41_dp.callback.ipynb #30ad561c
 def _convert(learn):
     "Replace layers that mix patients, saying so"
     try: return check_model(learn.model)
@@ -273,6 +129,13 @@ def _convert(learn):
     check_model(model)
     print('\n'.join(['Converted for private training:', *changes]))
     learn.model,learn.opt = model,None
+
+def _check_past(learn, ledger):
+    "Refuse a budget that would hide an earlier one"
+    if learn._grab_cbs(DPCallback): raise ConfigError('this learner is private already: call to_public() first')
+    if '_dp_past' in learn.__dict__ and (ledger is None or ledger.run is None or ledger.run != learn._dp_run):
+        raise BudgetError(f'these weights have been trained privately before, at {learn._dp_past}; '
+                          'a second budget would hide the first. Make a new learner, or give the ledger of the first')
 
 @patch
 def to_private(self:Learner,
@@ -287,19 +150,24 @@ def to_private(self:Learner,
     epochs:int=None,                # Epochs that the target is for; None: those of the first fit
     patients:np.ndarray=None,       # Patient of each training row; None: `dls.train_patients`
     ledger:str|Path|Ledger=None,    # File that every step is written to before it is taken; None: counted in memory
+    clipping:str='flat',            # 'flat', 'automatic' or 'layer'; all have sensitivity C
+    views:int=1,                    # Augmented copies of each image, averaged before clipping
+    engine:str='book-keeping',      # 'book-keeping' or 'opacus'
+    precision:str='fp32',           # 'fp32' or 'bf16', of the network; sums and noise are float32
+    secure:bool=False,              # Noise from a cipher alone, on a grid that hides nothing in its last digits
+    pos_weight:object=None,         # 'private': from noisy class counts in the same ε; or a factor for each label
+    count_noise:float=None,         # σ of these counts; None: what alone would cost 5 % of the target
     convert:bool=True,              # Replace BatchNorm by GroupNorm, and print it; False: refuse such a model
     seed:int=None,                  # For tests only: the result is marked not private
 ) -> Learner:                       # The same learner
     "Train with differential privacy from now on; `learn.dp.spent` tells what it cost"
-    if self._grab_cbs(DPCallback): raise ConfigError('this learner is private already: call to_public() first')
     ledger = ledger if ledger is None or isinstance(ledger, Ledger) else Ledger(ledger)
-    if '_dp_past' in self.__dict__ and (ledger is None or ledger.run is None or ledger.run != self._dp_run):
-        raise BudgetError(f'these weights have been trained privately before, at {self._dp_past}; '
-                          'a second budget would hide the first. Make a new learner, or give the ledger of the first')
+    _check_past(self, ledger)
     cb = DPCallback(target_epsilon, noise_multiplier, delta=delta, max_grad_norm=max_grad_norm, unit=unit,
-                    epochs=epochs, physical_bs=physical_bs, accountant=accountant, patients=patients,
+                    epochs=epochs, physical_bs=physical_bs, accountant=accountant, clipping=clipping, views=views,
+                    engine=engine, precision=precision, secure=secure, pos_weight=pos_weight, count_noise=count_noise,
                     ledger=ledger, seed=seed)
-    _prepare(cb, self.dls)
+    prepare(cb, self.dls, self, patients)
     if convert: _convert(self)
     check_model(self.model)
     return self.add_cb(cb)

@@ -6,6 +6,8 @@
 __all__ = ['PoissonSampler', 'fetch_rows', 'PoissonDL', 'train_rows', 'loader_bs']
 
 # %% ../../nbs/40c_dp.sample.ipynb #4508c707
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from fastai.callback.data import PartialDL, WeightedDL
@@ -70,11 +72,18 @@ class PoissonDL(GetAttr):
         sampler:PoissonSampler,    # What to draw
         n_steps:int,               # Batches in one pass
         start:int=0,               # How many of them were drawn before an interruption
+        *,
+        fetch:Callable=fetch_rows, # (loader, rows) → batch
     ):
-        self.dl,self.sampler,self.n_steps,self.start = dl,sampler,n_steps,start
+        self.dl,self.sampler,self.n_steps,self.start,self.fetch = dl,sampler,n_steps,start,fetch
+        self.drawn = None   # Rows of the batch that was given out last; None once a step has used it
     def __len__(self): return self.n_steps
     def __iter__(self):
-        for _ in range(self.start, self.n_steps): yield fetch_rows(self.dl, self.sampler.draw())
+        for _ in range(self.start, self.n_steps):
+            rows  = self.sampler.draw()
+            batch = self.fetch(self.dl, rows)
+            self.drawn = len(rows)
+            yield batch
 
 def train_rows(
     dl:DataLoader, # A training loader, fastai's or torch's
