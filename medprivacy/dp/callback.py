@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPCallback']
 
-# %% ../../nbs/41_dp.callback.ipynb #f41ecc64
+# %% ../../nbs/41_dp.callback.ipynb #b64a626c
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,11 @@ from .guard import (DPSettings, Sealed, check_callbacks, check_home, reads_train
                                  unaccounted_queries, write)
 from .ledger import Ledger
 from .noise import NoiseSource
-from .parallel import SharedDraws, check_same, same_weights
+from .parallel import SharedDraws, check_same, same_weights, wait_for_all
 from .sample import PoissonDL, fetch_rows
 from .step import PrivateStep, repeat_views
 
-# %% ../../nbs/41_dp.callback.ipynb #656137fa
+# %% ../../nbs/41_dp.callback.ipynb #1baa95b7
 class DPCallback(Sealed, Callback):
     "Settings, steps and noise of private training; added by `Learner.to_private`, reached as `learn.dp`"
     order = Recorder.order+1   # After Recorder has made its columns, before the progress bar is drawn
@@ -78,14 +78,14 @@ class DPCallback(Sealed, Callback):
         if self.sampler is not None and reads_training_rows(self):
             _note(self, 'validation or prediction read training images without noise')
     def after_fit(self):
-        if not self.learn.lock.locked(): self._loader = None; self._close()
+        if not self.learn.lock.locked(): self._loader = None; self._close(); wait_for_all()   # For rank 0's files
     def _close(self):
         if self.ledger is not None: self.ledger.close()
     def after_validate(self):
         if self._log_eps and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.spent.eps)
         self._log_eps = False
 
-# %% ../../nbs/41_dp.callback.ipynb #ea3ebdee
+# %% ../../nbs/41_dp.callback.ipynb #8f6ca437
 def _note(cb, *queries): cb._unaccounted.extend(q for q in dict.fromkeys(queries) if q not in cb._unaccounted)
 
 def _guard(cb):
@@ -117,7 +117,7 @@ def _add_column(cb):
     names.insert(len(names)-(names[-1]=='time'), 'epsilon')
     cb.recorder.metric_names = L(names)
 
-# %% ../../nbs/41_dp.callback.ipynb #30ad561c
+# %% ../../nbs/41_dp.callback.ipynb #6e86da04
 def _convert(learn):
     "Replace layers that mix patients, saying so"
     try: return check_model(learn.model)
