@@ -138,9 +138,12 @@ def _evaluate_said(r):
     return f"Performance was measured: {samples_text(r)}.{rule} {_boot_said(r)}"
 
 # %% ../nbs/61c_paper.ipynb #c26c21d9
+_OPTIMIZER = dict(sgd='SGD', adam='Adam', nadam='NAdam')
+
 def _private_said(r):
     one = (f"A classifier ({r['arch']}) was trained for {_n(r['epochs'], 'epoch')} without privacy and for "
-           f"{_n(r['private_epochs'], 'epoch')} with differentially private SGD")
+           f"{_n(r['private_epochs'], 'epoch')} with differentially private {_OPTIMIZER[r.get('optimizer', 'sgd')]}" +
+           (f", both from {r['start']}" if r.get('start') else ''))
     if not r['private']: return f"{one} in test mode, with noise from a known seed: it has no privacy guarantee."
     more = f" Further targets gave ε = {_join([f'{e:.2f}' for e in r['all_eps'][1:]])}." if r['all_eps'][1:] else ''
     return (f"{one} (clipping norm {r['max_grad_norm']:g}, noise multiplier {r['noise_multiplier']:.3g}, "

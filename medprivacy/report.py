@@ -91,7 +91,7 @@ def _drawings(run):
             'roc':          (table('roc'),     lambda df: _draw_roc(df, table('points'))),
             'calibration':  (table('calibration_curve'), lambda df: plot_panels(plot_calibration, df)),
             'frontier':     (_frontier_of(run), lambda df: plot_privacy_utility(df, attribute=a)),
-            'eps':          (table('eps'),     lambda df: _draw_eps(df, run)),
+            **{n: (table(n), lambda df: _draw_eps(df, run)) for n in ('eps', 'eps_sex', 'eps_age_band')},
             'subgroups':    (_groups_of(run),  _draw_groups),
             'demographics': (table('demographics'), plot_demographics)}
 
@@ -105,6 +105,7 @@ FIGURES = {
     'calibration':  'Observed share against mean score; on the dashed line a score means what it says',
     'frontier':     'What is kept against what leaks; up and to the left is better. Bars are 95 % intervals',
     'eps':          'Disease AUROC against the privacy budget',
+    'eps_sex':      'The same by sex', 'eps_age_band': 'The same by age band',
     'subgroups':    'Disease AUROC by group with 95 % intervals and group sizes',
     'demographics': 'Patients by split, sex and age'}
 
@@ -220,6 +221,16 @@ def _utility_part(run, allowed):
                    _figure(run, 'frontier', allowed), _comparison(run), _figure(run, 'roc', allowed), more,
                    _figure(run, 'calibration', allowed), _calibrated(run))
 
+def _budgets(run):
+    "Every ε of a curve, with the paired difference to no privacy"
+    df = _table_of(run, 'curve')
+    if df is None: return None
+    df   = df[df.group == 'all']
+    diff = [with_interval(dict(value=r.difference, lo=r.difference_lo, hi=r.difference_hi)) for r in df.itertuples()]
+    rows = _merged(df, 'auroc', 'AUROC [95 % interval]', ['condition', 'epsilon', 'label'])
+    more = {'difference to no privacy': diff, 'p': df.p.map(p_text), 'p (Holm over ε)': df.p_holm.map(p_text)}
+    return html_table(rows.assign(**more), 'Each ε is that of one model alone')
+
 def _privacy_part(run, allowed):
     spent, reads = [_json_of(run, f'{k}.json', None) for k in ('privacy', 'unaccounted')]
     title = 'Differential privacy'
@@ -228,7 +239,8 @@ def _privacy_part(run, allowed):
             'below, and only for the weights of the private classifier: obfuscated images carry no such bound.')
     none = P('None is listed.' if reads == [] else 'Not stored: whether there were any is unknown.')
     return section('privacy', title, P(what), html_table(privacy_terms(spent), 'The budget and its terms'),
-                   _figure(run, 'eps', allowed), H3('Reads of private data that the budget does not cover'),
+                   *(_figure(run, n, allowed) for n in ('eps', 'eps_sex', 'eps_age_band')), _budgets(run),
+                   H3('Reads of private data that the budget does not cover'),
                    bullets(reads) if reads else none)
 
 def _groups_part(run, allowed):
