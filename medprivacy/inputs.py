@@ -6,6 +6,8 @@
 __all__ = ['check_data', 'sizes_of', 'unit_of', 'known_sizes', 'check_unit', 'study_records']
 
 # %% ../nbs/64a_inputs.ipynb #34ed6cc9
+import shutil
+
 import numpy as np
 import pandas as pd
 
@@ -24,7 +26,11 @@ _ATTACK = .5              # share of patients kept for attackers
 def _phantoms(run, d):
     root = run.path/'phantoms'
     if (root/'labels.csv').exists(): return read_phantom(root)
-    return make_phantom(root, d['modality'], d['n_patients'], size=d['size'], seed=d['seed'])
+    part = run.path/'phantoms.part'    # a drawing that was killed is begun anew
+    for f in (root, part): shutil.rmtree(f, ignore_errors=True)
+    make_phantom(part, d['modality'], d['n_patients'], size=d['size'], seed=d['seed'])
+    part.rename(root)
+    return read_phantom(root)
 
 def _table(d):
     if 'dataset' in d: return read_dataset(d['dataset'], d['root'], d.get('labels'), **d.get('options', {}))
@@ -35,11 +41,12 @@ def _table(d):
 
 def check_data(
     data:dict,    # Section `data` of a run
-) -> None:
+) -> Records:      # As read, without a split; None for phantoms
     "Read the table and decode every image once, so that a fault is found before a run folder is made or replaced"
-    if data['phantom']: return
+    if data['phantom']: return None
     recs = _table(data)
     if data.get('unreadable', 'raise') == 'raise': load_images(recs, 8, 1, cache=False)
+    return recs
 
 # %% ../nbs/64a_inputs.ipynb #667c0acd
 def sizes_of(

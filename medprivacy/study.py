@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['obfuscate_stage', 'picture_stage', 'attack_stage', 'headline', 'demo_stages']
 
-# %% ../nbs/65_study.ipynb #01bd42fe
+# %% ../nbs/65_study.ipynb #96668102
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from .leakage import leakage_table
 from .obfuscate import Obfuscator, train_obfuscator
 from .visualize import show_views
 
-# %% ../nbs/65_study.ipynb #39278bd5
+# %% ../nbs/65_study.ipynb #5eebbe82
 def obfuscate_stage(
     run:Run,             # The run
     records:Records,     # With split and part
@@ -30,7 +30,7 @@ def obfuscate_stage(
     fits:Fits=None,      # Keeps state and result; None: nothing is kept
 ) -> Obfuscator:         # Stored in `model/`
     "Train an obfuscator on the defence patients and store it; read it back where it is stored"
-    facts = {k: v for k,v in settings.items() if k not in ('progress', 'cbs')}
+    facts = {k: v for k,v in settings.items() if k not in ('progress', 'cbs', 'disease')}
     fits  = stage_fits(run, fits, 'obfuscate')
     if fits.finished('game', **facts):
         print(f'  the obfuscator in {run.path/"model"} is trained already')
@@ -59,7 +59,7 @@ def picture_stage(
     np.ravel(ax)[0].figure.savefig(run.figure_path('views'), dpi=150, bbox_inches='tight'); plt.close('all')
     return add_summary(run, {'obfuscated.mean_change': dict(value=mean_change(obfuscator, x), n=len(x))})
 
-# %% ../nbs/65_study.ipynb #f4c77a74
+# %% ../nbs/65_study.ipynb #561faf30
 _BOOT = dict(level=.95, interval='percentile')    # what the tables of a run are made with
 
 def _conditions(obfuscator, noise):
@@ -71,7 +71,7 @@ def _sample_images(records, attribute, size):
     dl = records_dls(records.select(part='attack'), attribute, size, device='cpu').valid
     return dl.fetch(range(min(128, len(dl.dataset))))[0]
 
-# %% ../nbs/65_study.ipynb #6726d327
+# %% ../nbs/65_study.ipynb #42881f51
 def attack_stage(
     run:Run,                 # The run
     records:Records,         # With split and part
@@ -112,7 +112,7 @@ def _control(run, preds, a, n_boot):
                                                      else None,
                                                      n_boot=n_boot)})
 
-# %% ../nbs/65_study.ipynb #b79b84e6
+# %% ../nbs/65_study.ipynb #7a910e94
 def headline(
     run:Run,           # A run with results
 ) -> pd.DataFrame:     # result, value, 95 % interval, n
