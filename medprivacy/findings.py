@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVIDENCE', 'NOISE_FLOOR', 'TERMS', 'NON_CLAIMS', 'with_interval', 'sample_size', 'Finding', 'attack_findings',
-           'control_findings', 'privacy_terms', 'utility_findings', 'non_claims']
+           'control_findings', 'privacy_terms', 'utility_findings', 'pretrain_findings', 'non_claims']
 
 # %% ../nbs/61a_findings.ipynb #5679290e
 from collections.abc import Mapping
@@ -153,6 +153,22 @@ def utility_findings(
     if void: return out + [_warn('The noise of that training came from a known seed (test mode): its ε is void.')]
     return out + [Finding('warning' if 'missing' in terms else 'result', f'Its budget: {terms}.')]
 
+# %% ../nbs/61a_findings.ipynb #8f19b9e5
+def pretrain_findings(
+    summary:Mapping,     # Dotted name → value, lo, hi, n, as in `summary.json`
+    record:Mapping,      # Of the stage `pretrain`: method, views
+) -> list:               # `Finding`s: what frozen features are worth
+    "Say what a linear model reads from pretrained features, and from features that were never trained"
+    own, base = (summary.get(f'{c}.disease.auroc') or {} for c in ('pretrained', 'random_features'))
+    if not (_has(own.get('value')) and _has(base.get('value'))): return []
+    views = 'adversarial' if record.get('views') == 'viewmaker' else record.get('views')
+    text  = (f'A linear model on frozen features of an encoder pretrained without labels ({record.get("method")}, '
+             f'{views} '
+             f'views) reaches disease AUROC {with_interval(own)}, on those of an encoder that was never trained '
+             f'{with_interval(base)} ({sample_size(own)}).')
+    more  = [] if own['value'] > base['value'] else [_warn('Pretraining was no better than random features.')]
+    return [_result(text), *more]
+
 # %% ../nbs/61a_findings.ipynb #b30c8ea2
 NON_CLAIMS = (
     'Obfuscation is measured, not proven. Obfuscated images are not differentially private, not anonymous and not safe;'
@@ -166,9 +182,18 @@ NON_CLAIMS = (
     'Small groups have wide intervals; a difference between groups whose intervals overlap may be chance.',
     'Nothing here clears images for release: that decision needs the law and the contracts that bind the data.')
 
+_UNATTACKED = ('No attack was made in this run: what images, features or weights give away of sex, age or identity is '
+               'unknown.',)
+_PRETRAINED = ('Pretraining protects nobody. Its views are augmentations for training, not a release, and its encoder '
+               'may hold much of the images it saw.',
+               'Nearest neighbours are judged on validation images, epoch by epoch: a running check, not a result.')
+
 def non_claims(
     phantom:bool,     # Made images
+    kind:str=None,    # 'pretrained', 'unattacked' (obfuscated, and no attack), or any other run
 ) -> tuple:           # Sentences
     "List what the run does not show"
     made = ('The images are phantoms drawn by this software. What works on them need not work on real images.',)
-    return (made if phantom else ()) + NON_CLAIMS
+    own  = dict(pretrained=_PRETRAINED + _UNATTACKED + NON_CLAIMS[3:],
+                unattacked=NON_CLAIMS[:1] + _UNATTACKED + NON_CLAIMS[3:]).get(kind, NON_CLAIMS)
+    return (made if phantom else ()) + own

@@ -154,6 +154,20 @@ def _private_said(r):
             f"unit of privacy: one {r['unit']}.{more}" +
             (f" Not covered by this budget: {'; '.join(r['unaccounted'])}." if r.get('unaccounted') else ''))
 
+def _pretrain_said(r):
+    views = 'adversarial views of a viewmaker' if r['views'] == 'viewmaker' else f"{r['views']} augmentations"
+    return (f"An encoder ({r['arch']}) was pretrained without labels ({r['method']}, {views}) on {_who(r)} for "
+            f"{_n(r['epochs'], 'epoch')} (seed {r['seed']}).")
+
+def _linear_said(r):
+    return f"Linear models ({r['fit']}, {r['where']} features, frozen) read {_join(r['conditions'])}."
+
+def _downstream_said(r):
+    given = ' An obfuscator made before was used.' if r['given'] else ''
+    return (f"Classifiers ({r['arch']}) were trained on raw and on obfuscated images of {_who(r)} that the obfuscator "
+            f"had not seen, for {_n(r['epochs'], 'epoch')}, with patches erased from {r['erase']:.0%} of the "
+            f"images.{given}")
+
 def _against_said(r):
     def pair(p):
         n = _who(p)
@@ -162,7 +176,8 @@ def _against_said(r):
     return (f"{said}. Both models of a pair were judged on the same "
             f"resamples, with two-sided p-values{' and Holm correction over labels' if r['holm'] else ''}.")
 
-_SAID = dict(data=_data_said, split=_split_said, obfuscate=_obfuscate_said, attack=_attack_said, train=_private_said,
+_SAID = dict(data=_data_said, split=_split_said, obfuscate=_obfuscate_said, pretrain=_pretrain_said,
+             linear=_linear_said, downstream=_downstream_said, attack=_attack_said, train=_private_said,
              evaluate=_evaluate_said, against=_against_said)
 
 # %% ../nbs/61c_paper.ipynb #a7c5e008
