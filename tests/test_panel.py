@@ -1,0 +1,58 @@
+"The panel: features know what they should, undoing leads back, the camera is told apart from the picture"
+import numpy as np
+import pytest
+import torch
+from medprivacy.attack import GaussianNoise
+from medprivacy.core import ConfigError, DataError
+from medprivacy.data.load import records_dls
+from medprivacy.data.phantom import make_phantom
+from medprivacy.data.split import split_patients
+from medprivacy.leakage import leakage_table
+from medprivacy.panel import Inverter, attack_effort, camera_control, feature_attack, image_features
+
+def phantoms(root, **strength):
+    recs = make_phantom(root, 'cxr', n_patients=240, size=32, seed=2, strength=strength)
+    return split_patients(recs, (.5, .1, .4), seed=0, stratify='sex', attack=.99)
+
+def features_on(recs, mechanism=None):
+    dls = records_dls(recs.select(part='attack'), 'sex', 32, 32, device='cpu', mechanism=mechanism, draws=1)
+    return leakage_table(feature_attack(dls, 'sex'), n_boot=200).set_index('model')
+
+def test_features_read_planted_sex_and_nothing_where_none_is(tmp_path):
+    assert (features_on(phantoms(tmp_path/'a')).leakage[['linear', 'boosted']] > .75).all()
+    none = features_on(phantoms(tmp_path/'b', sex=0))
+    error = np.sqrt(1/(3*none.n))            # of an AUROC: 1/sqrt(12 m n/(m+n+1)) with m = n = images/2; two images of a patient are not independent
+    assert (none.leakage[['linear', 'boosted']] - .5 < 3*np.sqrt(2)*error[['linear', 'boosted']]).all()
+
+@pytest.mark.parametrize('c,h,w', [(1, 32, 32), (3, 33, 47)])
+def test_features_are_finite_and_of_one_length(c, h, w):
+    f = image_features(torch.cat([torch.zeros(1, c, h, w), torch.ones(1, c, h, w), torch.rand(2, c, h, w)]))
+    assert f.shape == (4, c*(16+8+64+32)) and np.isfinite(f).all()
+
+def test_features_of_an_image_do_not_depend_on_the_batch():
+    x = torch.rand(6, 1, 32, 32)
+    assert np.allclose(image_features(x)[2:3], image_features(x[2:3]), atol=1e-5)
+
+def test_one_sex_cannot_be_learnt(tmp_path):
+    recs = phantoms(tmp_path/'p')
+    same = recs._with(recs.df.assign(sex='F'))
+    with pytest.raises(DataError, match='all of one kind'): features_on(same)
+    with pytest.raises(DataError, match='all of one kind'): camera_control(same)
+
+def test_camera_knows_nothing_where_devices_are_independent_of_sex(tmp_path):
+    t = leakage_table(camera_control(phantoms(tmp_path/'p')), n_boot=200).set_index('model')
+    assert t.leakage['camera'] - .5 < 3*np.sqrt(2/(3*t.n['camera']))
+
+def test_inverter_needs_no_batch_and_keeps_the_range():
+    net = Inverter(3).eval()
+    x = torch.rand(5, 3, 40, 24)
+    y = net(x)
+    assert torch.allclose(y[:1], net(x[:1]), atol=1e-5) and 0 <= y.min() and y.max() <= 1
+
+def test_effort_is_named_and_judged_on_the_same_images(tmp_path):
+    p = attack_effort(phantoms(tmp_path/'p'), obfuscator=GaussianNoise(.05), shares=(.3, 1.), efforts=(1., 2.), epochs=1, size=32, bs=32, draws=1, device='cpu')
+    assert list(p.df.model.unique()) == ['0.3 of patients, 1 epochs', '1 of patients, 1 epochs', '1 of patients, 2 epochs']
+    assert p.df.groupby('model').image_id.agg(lambda v: tuple(sorted(v))).nunique() == 1
+
+def test_unknown_features_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match='kinds must be'): feature_attack(None, 'sex', ('forest',))
