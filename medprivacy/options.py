@@ -7,7 +7,7 @@ __all__ = ['one_line_errors', 'split_items', 'enough_epochs', 'show_table', 'dat
            'open_study', 'size_and_seed', 'stage_settings', 'stored_obfuscator', 'log_settings', 'check_log',
            'study_fits']
 
-# %% ../nbs/69_options.ipynb #3634a47a
+# %% ../nbs/69_options.ipynb #b740a5a9
 import functools, inspect, os, re, shutil, sys, tomllib
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from .inputs import check_data, check_unit
 from .obfuscate import Obfuscator
 from .settings import check_settings, read_options
 
-# %% ../nbs/69_options.ipynb #cfea9b7a
+# %% ../nbs/69_options.ipynb #e48d6000
 def one_line_errors(
     f:object,      # A command
 ) -> object:       # The same; an error on purpose is one line on stderr and exit code 2
@@ -57,15 +57,15 @@ def show_table(
     "Print a table between empty lines"
     print('\n' + df.to_string(index=False) + '\n')
 
-# %% ../nbs/69_options.ipynb #563a8bdf
+# %% ../nbs/69_options.ipynb #e89f7abf
 def data_args(
     dataset:str=None,               # A set with a reader, e.g. nih_cxr14 or brset; needs --root
     options:str=None,               # Arguments of that reader, e.g. uncertain=ones,missing=drop
     csv:str=None,                   # Any table with one row per image; without it and --dataset, phantoms are drawn
     root:str=None,                  # Folder of the data set, or to which image paths are relative; default: the table's
     labels:str=None,                # Label columns, separated by commas
-    folder:str='',                  # Folder below root that holds the images
-    ext:str='',                     # Added to each file name, e.g. .jpg
+    folder:str=None,                # Folder below root that holds the images
+    ext:str=None,                   # Added to each file name, e.g. .jpg
     image:str='image_id',           # Column with the file name
     patient:str='patient_id',       # Column with the patient
     sex:str='sex',                  # Column with the sex
@@ -81,7 +81,7 @@ def data_args(
 @delegates(data_args)
 def train_args(
     precision:str='fp32',           # fp32, or bf16: faster where the processor has it, slightly other results
-    resume:store_true=False,        # Go on in the run folder: take its data, go on from where a killed command was
+    resume:store_true=False,        # Go on in the run folder, with its data, from where a killed command was
     overwrite:store_true=False,     # Replace an existing run folder
     every:int=100,                  # Steps between two stored states, from which --resume goes on
     wandb:str='off',                # Log curves with Weights & Biases: off, offline (files in the run folder), online
@@ -90,7 +90,7 @@ def train_args(
 ) -> None:
     "How a training command runs"
 
-# %% ../nbs/69_options.ipynb #1492cc56
+# %% ../nbs/69_options.ipynb #1a5e1b71
 def _known(dataset, csv, root, labels, options, **more):
     "A set that has a reader"
     if csv is not None: raise ConfigError('--dataset and --csv exclude each other: a known set has its own table')
@@ -120,10 +120,11 @@ def data_section(
         raise ConfigError('--labels is missing: name the label columns of the table, e.g. --labels '
                           'effusion,cardiomegaly')
     csv, root = str(o.pop('csv')), Path(o.pop('root') or Path(kwargs['csv']).parent)
-    cols = {k: o[k] for k in ('folder', 'ext', 'image', 'patient', 'sex', 'age', 'sex_codes', 'unreadable')}
+    cols = {k: o[k] for k in ('image', 'patient', 'sex', 'age', 'sex_codes', 'unreadable')}
+    cols = dict(cols, folder=o['folder'] or '', ext=o['ext'] or '')
     return dict(cols, phantom=False, csv=csv, root=str(root), labels=split_items(o['labels']), name=root.name, **one)
 
-# %% ../nbs/69_options.ipynb #fd1039ac
+# %% ../nbs/69_options.ipynb #27eaa55b
 _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')    # as `atomic_write` names them
 
 def _tidy(folder):
@@ -153,7 +154,7 @@ def _go_on(out, attribute, given):
     _tidy(run.path)
     return run
 
-# %% ../nbs/69_options.ipynb #2ef8478b
+# %% ../nbs/69_options.ipynb #6ca9f940
 @contextmanager
 def open_study(
     out:str|Path,            # Run folder
@@ -181,7 +182,7 @@ def open_study(
             shutil.rmtree(run.path)
         raise
 
-# %% ../nbs/69_options.ipynb #5f35a9af
+# %% ../nbs/69_options.ipynb #f5c7da2c
 def size_and_seed(
     run:Run,          # An open run
     size:int=None,    # None: that of the data
@@ -212,7 +213,7 @@ def stored_obfuscator(
         raise CheckpointError(f'the obfuscator of {run.path} is not finished; run medprivacy_obfuscate --resume first')
     return Obfuscator.load(run.path/'model') if (run.path/'model').exists() else None
 
-# %% ../nbs/69_options.ipynb #8fdd9a03
+# %% ../nbs/69_options.ipynb #920ae9b3
 def log_settings(
     mode:str='off',          # 'off', 'offline' or 'online'
     images:bool=False,       # Of phantoms

@@ -17,10 +17,11 @@ import torchvision
 from .core import ConfigError
 from .data.chexpert import soft
 from .objectives.adversarial import ATTACKS
+from .train import PRECISIONS
 
 # %% ../nbs/64_settings.ipynb #5e462f30
 _WHOLE    = dict(epochs=1, private_epochs=1, utility_epochs=1, bs=1, private_bs=1, size=16, draws=1, n_boot=2,
-                 n_patients=12, patience=1, seed=0)
+                 n_patients=12, patience=1, seed=0, every=1)
 _POSITIVE = ('lr', 'max_grad_norm')
 _SHARE    = dict(budget=(0, 1, True), delta=(0, 1, False))
 
@@ -47,7 +48,8 @@ def check_epsilons(
 
 # %% ../nbs/64_settings.ipynb #033953e3
 _NAMES = dict(attribute=('sex', 'age>median'), maker=('bottleneck', 'viewmaker'), attack=tuple(ATTACKS),
-              unit=('patient', 'image'), modality=('cxr', 'fundus'), unreadable=('raise', 'quarantine'))
+              unit=('patient', 'image'), modality=('cxr', 'fundus'), unreadable=('raise', 'quarantine'),
+              precision=PRECISIONS, wandb=('off', 'offline', 'online'))
 
 def _check_arch(arch):
     ours = ['resnet9', 'small_resnet']
