@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrivateCheckpointCallback']
 
-# %% ../../nbs/41a_dp.resume.ipynb #1b5c8d64
+# %% ../../nbs/41a_dp.resume.ipynb #6b6f31fb
 from fastai.callback.core import CancelEpochException
 from torch import nn
 
@@ -15,7 +15,7 @@ from ..train import (CheckpointCallback, _attributes, _check_facts, _fit_facts, 
                               _set_attributes,
                               _write)
 
-# %% ../../nbs/41a_dp.resume.ipynb #c0b8a1c7
+# %% ../../nbs/41a_dp.resume.ipynb #88fe1778
 def _others(learn): return {n: cb for n,cb in _kept(learn).items() if n != 'dp'}
 
 def _resume_state(learn):
@@ -41,9 +41,10 @@ def _known(learn):
     "What must be equal: the model, the fit, and the facts of the ledger, which knows the data"
     fit = {k: v for k,v in _fit_facts(learn).items()
            if k != 'callback dp' and not k.startswith(('train ', 'valid ', 'test '))}
+    if isinstance(learn.dp.pos_weight, str): fit['loss'] = type(learn.loss_func).__name__   # Weights come later
     return {**fit, **learn.dp.ledger.facts}
 
-# %% ../../nbs/41a_dp.resume.ipynb #d068116e
+# %% ../../nbs/41a_dp.resume.ipynb #adebaedb
 class PrivateCheckpointCallback(CheckpointCallback):
     "Store a private fit every so many steps and after the last of an epoch, and go on from it with fresh noise"
     @property
