@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPSILONS', 'START', 'DP_CXR', 'UNACCOUNTED', 'Job', 'curve_jobs', 'private_curve', 'run_dp_cxr']
 
-# %% ../nbs/65d_epsilon_curve.ipynb #732c21f9
+# %% ../nbs/65d_epsilon_curve.ipynb #a16ea15d
 import hashlib, json, math, time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from .core import (ConfigError, Run, add_config, add_record, add_summary, add_ta
 from .data.core import Predictions, Records, concat_predictions, save_predictions
 from .data.load import records_dls
 from .dp.clip import clipped_batch
+from .dp.resume import PrivateCheckpointCallback
 from .fits import Fits, Fitted
 from .inputs import check_unit, known_sizes, unit_of
 from .probe import ProbeLoss, probe_predictions
@@ -30,7 +31,7 @@ from .report import report
 from .start import OPTIMIZERS, plain_learner, start_weights, started_model, write_weights
 from .train import checkpoint_cbs, data_facts
 
-# %% ../nbs/65d_epsilon_curve.ipynb #ef31a703
+# %% ../nbs/65d_epsilon_curve.ipynb #80eaf949
 EPSILONS = (.29, .54, 1.06, 2.04, 4.71, 7.89)    # published targets
 
 START = dict(modality=None, n_patients=600, seed=None, epochs=6, lr=5e-4, bs=32)    # phantoms to pretrain on
@@ -38,7 +39,7 @@ START = dict(modality=None, n_patients=600, seed=None, epochs=6, lr=5e-4, bs=32)
 DP_CXR = dict(epsilons=EPSILONS, arch='resnet9', optimizer='nadam', lr=2e-4, max_grad_norm=1.5, bs=128, physical_bs=32,
               delta=6e-6, unit='patient', epochs=10, private_epochs=10, start='phantoms')
 
-# %% ../nbs/65d_epsilon_curve.ipynb #f112bc84
+# %% ../nbs/65d_epsilon_curve.ipynb #ec0ae56d
 @dataclass(frozen=True)
 class Job:
     "One model of a curve"
@@ -66,12 +67,21 @@ def curve_jobs(
                                                     for e in eps]
     return out
 
-# %% ../nbs/65d_epsilon_curve.ipynb #8b80c5bb
+# %% ../nbs/65d_epsilon_curve.ipynb #de7e0ad7
 def _facts(s, dls, start):
     "Everything that a stored job depends on"
-    said  = {k: v for k,v in s.items() if k not in ('n_boot', 'device', 'epsilons', 'repeats', 'start', 'start_args')}
+    said  = {k: v for k,v in s.items() if k not in ('n_boot', 'device', 'epsilons', 'repeats', 'start', 'start_args',
+                                                    'every')}
     which = None if start is None else hashlib.sha256(Path(start).read_bytes()).hexdigest()[:16]
     return {**said, **data_facts(dls), 'weights at the start': which}
+
+def _private(learn, run, job, epochs, s):
+    "Make training private, with a ledger, and let it go on where a killed one stopped"
+    (run.path/'ledgers').mkdir(exist_ok=True)
+    learn.to_private(target_epsilon=job.target, epochs=epochs, delta=s['delta'], unit=s['unit'],
+                     max_grad_norm=s['max_grad_norm'], physical_bs=s['physical_bs'],
+                     ledger=run.path/'ledgers'/f'{job.file}.jsonl')
+    learn.add_cb(PrivateCheckpointCallback(run.path/'checkpoints'/f'curve-{job.file}', s['every'], resume=True))
 
 def _train_job(run, job, dls, start, s, checkpoint=None, every=100, resume=False, cbs=()):
     "Train one model, store its weights, and say what was spent"
@@ -82,15 +92,14 @@ def _train_job(run, job, dls, start, s, checkpoint=None, every=100, resume=False
     epochs = s['private_epochs'] if job.private else s['epochs']
     learn.add_cbs([*cbs, *checkpoint_cbs(checkpoint, every, resume)])
     with learn.no_bar(), learn.no_logging():
-        if job.private: learn.to_private(target_epsilon=job.target, epochs=epochs, delta=s['delta'], unit=s['unit'],
-                                         max_grad_norm=s['max_grad_norm'], physical_bs=s['physical_bs'])
+        if job.private: _private(learn, run, job, epochs, s)
         learn.fit(epochs, s['lr'])
     write_weights(run.path/'model'/f'{job.file}.safetensors', learn.model)
     preds = probe_predictions(learn.model, dls, ProbeLoss('binary'), ds.records.labels, job.name, run.path.name)
     if job.private: print(f'  {learn.dp.spent}')
     return Fitted(preds, dict(spent=asdict(learn.dp.spent)) if job.private else {})
 
-# %% ../nbs/65d_epsilon_curve.ipynb #e1b6d336
+# %% ../nbs/65d_epsilon_curve.ipynb #370612e4
 def _step_seconds(model, shape, n_out, s):
     "Seconds of one logical batch, without and with privacy, on random pixels"
     n    = min(s['bs'], s['physical_bs'])
@@ -119,7 +128,7 @@ def _plan(fits, jobs, dls, model, s):
           f'\n{plan.to_string(index=False)}\nabout {plan.minutes.sum():.0f} min in all', flush=True)
     return plan
 
-# %% ../nbs/65d_epsilon_curve.ipynb #d51da3b4
+# %% ../nbs/65d_epsilon_curve.ipynb #10da995c
 UNACCOUNTED = ('the threshold of each label is chosen on validation patients (Youden), outside the budget',)
 _WARNINGS   = ('Each ε is that of one model. Who publishes several of these models spends the sum of their ε and δ; '
                'the '
@@ -150,7 +159,7 @@ def _spent_table(jobs, done):
                          sample_rate=spent.get('sample_rate', np.nan)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/65d_epsilon_curve.ipynb #d7ea962d
+# %% ../nbs/65d_epsilon_curve.ipynb #ab853d24
 def _start_row(run, records, dls, file, facts, s):
     "The start judged as it is, where its findings are those of the records"
     if list(facts['labels']) != list(records.labels) and s['head'] != 'kept': return None
@@ -185,7 +194,7 @@ def _write(run, preds, terms, done, facts, s):
                       for r in best.itertuples()} | {'private.epsilon': main['eps'], 'private.delta': main['delta']})
     return table
 
-# %% ../nbs/65d_epsilon_curve.ipynb #7caaccae
+# %% ../nbs/65d_epsilon_curve.ipynb #54e5c018
 def private_curve(
     run:Run,                            # The run
     records:Records,                    # With split; their training patients are protected
@@ -209,17 +218,18 @@ def private_curve(
     seed:int=0,                         # Of weights and batches (never of the noise)
     device:str=None,                    # None: the best that is present
     n_boot:int=1000,                    # Resamples of patients
+    every:int=25,                       # Steps between two states of a training
 ) -> pd.DataFrame:                      # As `curve_table` returns it
     "Train without privacy and at every ε from one start, skipping what the run has stored; write tables and record"
     s = {k: v for k,v in locals().items() if k not in ('run', 'records')}
     s, jobs = _check(records, {**s, 'start': None if start is None else str(start)}), curve_jobs(epsilons, repeats)
-    add_config(run, 'curve', {k: v for k,v in s.items() if k != 'device'})
+    if 'preset' not in run.config: add_config(run, 'curve', {k: v for k,v in s.items() if k not in ('device', 'every')})
     seed_everything(seed)
     dls = records_dls(records, size=size, bs=s['bs'], device=device)
     channels = dls.train.dataset.x.shape[-3]
     file, facts = start_weights(run, s['start'], start_args, arch=arch, size=size, channels=channels,
                                 optimizer=optimizer, device=device)
-    fits = Fits(run.path, name='curve-', facts=_facts(s, dls, file))
+    fits = Fits(run.path, every=every, name='curve-', facts=_facts(s, dls, file))
     print(f"start: {facts['said']}")
     _plan(fits, jobs, dls, started_model(file, arch, len(records.labels), channels, head), s)
     done = {}
@@ -232,7 +242,7 @@ def private_curve(
         terms = pd.concat([terms, pd.DataFrame([dict(model='start', condition='start', epsilon=0.)])])
     return _write(run, concat_predictions(preds), terms, done, facts, s)
 
-# %% ../nbs/65d_epsilon_curve.ipynb #557bc56f
+# %% ../nbs/65d_epsilon_curve.ipynb #62c06769
 def run_dp_cxr(
     run:Run,               # The run
     records:Records,       # With split

@@ -6,10 +6,11 @@
 __all__ = ['OPTIMIZERS', 'START', 'TellCallback', 'plain_learner', 'weights_file', 'write_weights', 'check_other_patients',
            'start_weights', 'started_model']
 
-# %% ../nbs/65b_start.ipynb #77d33f59
+# %% ../nbs/65b_start.ipynb #70771d87
 import json, tempfile, time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from fastai.callback.core import Callback, CancelValidException
@@ -30,7 +31,7 @@ from .models.resnet import create_classifier
 from .pretrain import head_name
 from .probe import ProbeLoss
 
-# %% ../nbs/65b_start.ipynb #c0d10b91
+# %% ../nbs/65b_start.ipynb #06709ef2
 OPTIMIZERS = dict(nadam=torch.optim.NAdam, adam=torch.optim.Adam, sgd=torch.optim.SGD)
 
 class TellCallback(Callback):
@@ -38,14 +39,16 @@ class TellCallback(Callback):
     order = Recorder.order + 5    # after Recorder and private training have closed the epoch
     def __init__(self,
         title:str,    # What is trained
-    ): self.title = title
+    ): self.title, self._clock = title, SimpleNamespace()    # which no checkpoint stores
     def before_fit(self):
-        if not self.learn.lock.locked(): self.begun = time.perf_counter()
+        if not self.learn.lock.locked(): self._clock.begun, self._clock.epoch = time.perf_counter(), None
+    def before_train(self):
+        if self._clock.epoch is None: self._clock.epoch = self.epoch    # the first one that this process trains
     def before_validate(self): raise CancelValidException
     def after_epoch(self):
-        done, took = self.epoch+1, (time.perf_counter()-self.begun)/60
-        print(f'  {self.title}: epoch {done} of {self.n_epoch}, {took:.1f} min, about '
-              f'{took/done*(self.n_epoch-done):.1f} min left', flush=True)
+        done, took = self.epoch+1, (time.perf_counter()-self._clock.begun)/60
+        left = took/(done-self._clock.epoch)*(self.n_epoch-done)
+        print(f'  {self.title}: epoch {done} of {self.n_epoch}, {took:.1f} min, about {left:.1f} min left', flush=True)
 
 def plain_learner(
     dls:DataLoaders,           # Of findings
@@ -59,7 +62,7 @@ def plain_learner(
     return Learner(dls, model, loss_func=ProbeLoss('binary'), opt_func=partial(OptimWrapper, opt=OPTIMIZERS[optimizer]),
                    lr=lr, wd=0., cbs=[TellCallback(title)])
 
-# %% ../nbs/65b_start.ipynb #30e3db02
+# %% ../nbs/65b_start.ipynb #be3ecea1
 def weights_file(
     path:str|Path,    # A file, or the folder of a run
 ) -> Path:            # The file
@@ -81,7 +84,7 @@ def write_weights(
     "Write the weights of a network, atomically"
     return atomic_write(file, save({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}))
 
-# %% ../nbs/65b_start.ipynb #d10c4150
+# %% ../nbs/65b_start.ipynb #232988ca
 def check_other_patients(
     run:Run,              # The run whose patients are to be protected
     folder:str|Path,      # Where the weights come from
@@ -97,7 +100,7 @@ def check_other_patients(
             raise LeakageError(f'{home.name} was trained on the patients of this run: its weights would void ε; start '
                                'from those of other patients')
 
-# %% ../nbs/65b_start.ipynb #320f290d
+# %% ../nbs/65b_start.ipynb #43c0601f
 START = dict(modality=None, n_patients=1600, seed=None, epochs=6, lr=1e-3,
              bs=64)    # None: as the images; the next seed
 
@@ -127,7 +130,7 @@ def _train_on_phantoms(a, arch, size, channels, optimizer, device, folder):
             f"{len(set(dls.train_patients))} other patients (seed {a['seed']})")
     return dict(said=said, labels=list(recs.labels), settings=a)
 
-# %% ../nbs/65b_start.ipynb #03e987f4
+# %% ../nbs/65b_start.ipynb #e5d53e63
 def start_weights(
     run:Run,                       # The run; phantoms are trained on once, and their weights kept in start/
     start:str|Path,                # 'phantoms', a file of weights, the folder of a run; None: random weights
@@ -157,7 +160,7 @@ def start_weights(
     atomic_write(folder/'start.json', json.dumps(dict(facts, how=how), indent=1) + '\n')
     return folder/'weights.safetensors', dict(facts, how=how)
 
-# %% ../nbs/65b_start.ipynb #ef32b7e7
+# %% ../nbs/65b_start.ipynb #8ae844a6
 def started_model(
     file:str|Path,       # Weights; None: random
     arch:str,            # See `create_classifier`
