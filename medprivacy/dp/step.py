@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'repeat_views', 'exact_products', 'opacus_batch', 'clip_step', 'PrivateStep', 'check_step']
 
-# %% ../../nbs/40h_dp.step.ipynb #dfec3c3e
+# %% ../../nbs/40h_dp.step.ipynb #ae96e28c
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -19,7 +19,7 @@ from .clip import CLIPPING, ClippedBatch, _cat, _detach, _factors, _plain, _rows
 from .layers import sq_norms
 from .parallel import mean_loss, noisy_sum
 
-# %% ../../nbs/40h_dp.step.ipynb #f53954a3
+# %% ../../nbs/40h_dp.step.ipynb #911d540e
 def repeat_views(
     fetch:Callable,   # () → batch of the drawn rows, transformed anew at each call
     views:int=1,      # K
@@ -34,7 +34,7 @@ def repeat_views(
             raise ConfigError('views need one input, and targets that transforms leave alone: use views=1')
     return (x, *y)
 
-# %% ../../nbs/40h_dp.step.ipynb #4987ec1a
+# %% ../../nbs/40h_dp.step.ipynb #e5f86fc8
 _KNOBS = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.cuda.matmul,
           torch.backends.cudnn.conv)
 
@@ -61,7 +61,7 @@ def _computing_in(precision, model):
         vars(model).pop('forward', None)
         if own is not None: model.forward = own
 
-# %% ../../nbs/40h_dp.step.ipynb #a36dade1
+# %% ../../nbs/40h_dp.step.ipynb #094f95d3
 ENGINES = ('book-keeping', 'opacus')
 
 @contextmanager
@@ -106,7 +106,7 @@ def _clip_all(each, names, losses, pred, max_grad_norm, clipping):
              g.masked_fill(bad.view(-1, *[1]*(g.dim()-1)), 0.)) for p,g in each.items()}
     return ClippedBatch(sums, norms, losses.detach(), _detach(pred))
 
-# %% ../../nbs/40h_dp.step.ipynb #23ef86a6
+# %% ../../nbs/40h_dp.step.ipynb #601ad353
 def opacus_batch(
     model:nn.Module,          # In the mode it is trained in
     loss_func:Callable,       # loss(pred, *targets) → one number
@@ -129,7 +129,7 @@ def opacus_batch(
         pieces.append((o.norms, o.losses, o.preds))
     return ClippedBatch(sums, *(_cat(list(v)) for v in zip(*pieces)))
 
-# %% ../../nbs/40h_dp.step.ipynb #a54eeb37
+# %% ../../nbs/40h_dp.step.ipynb #bcbd6e1b
 _OF_WEIGHTS = ('_u', '_v', 'weight_u', 'weight_v')   # Buffers of spectral norms
 
 def _buffers(model):
@@ -164,7 +164,7 @@ def clip_step(
                                  'training without noise: take the buffer out, or freeze it in the module')
     return out
 
-# %% ../../nbs/40h_dp.step.ipynb #3aac369f
+# %% ../../nbs/40h_dp.step.ipynb #72e298dc
 def _set_grads(cb, grads):
     "`.grad` = (clipped sum + noise) / expected batch size"
     std   = cb.noise_multiplier*cb.max_grad_norm
@@ -180,7 +180,7 @@ def _show(cb, out, loss):
     if learn.pred is not pred or learn.loss_grad is not loss:
         raise UnsupportedUnderDP('a callback replaced the prediction or the loss of a clipped batch: remove it')
 
-# %% ../../nbs/40h_dp.step.ipynb #79ac0512
+# %% ../../nbs/40h_dp.step.ipynb #e6463065
 class PrivateStep:
     "One private step, in place of `Learner._do_one_batch`"
     def __init__(self,
@@ -197,6 +197,7 @@ class PrivateStep:
         out  = clip_step(cb, learn.model, learn.loss_func, learn.xb, learn.yb, check=not cb._checked)
         loss = mean_loss(out.losses)   # Of all ranks
         if n: cb._checked = True; _show(cb, out, loss)
+        else: learn.loss = loss        # Images of other ranks
         learn._with_events(lambda: _set_grads(cb, out.grads), 'backward', CancelBackwardException)
         learn._with_events(learn._step, 'step', CancelStepException)
         learn.opt.zero_grad()
@@ -212,7 +213,7 @@ def _check_drawn(cb, learn):
         raise UnsupportedUnderDP(f'a batch of {drawn} images has become one of {len(learn.yb[0])}: a patient would '
                                  'count more than once. Take the callback or transform away that adds images')
 
-# %% ../../nbs/40h_dp.step.ipynb #67ca9ad1
+# %% ../../nbs/40h_dp.step.ipynb #75b880b8
 def check_step(
     *,
     clipping:str,     # 'flat', 'automatic' or 'layer'
