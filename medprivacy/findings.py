@@ -153,7 +153,7 @@ def utility_findings(
     if void: return out + [_warn('The noise of that training came from a known seed (test mode): its ε is void.')]
     return out + [Finding('warning' if 'missing' in terms else 'result', f'Its budget: {terms}.')]
 
-# %% ../nbs/61a_findings.ipynb #8f19b9e5
+# %% ../nbs/61a_findings.ipynb #6c9878c4
 def pretrain_findings(
     summary:Mapping,     # Dotted name → value, lo, hi, n, as in `summary.json`
     record:Mapping,      # Of the stage `pretrain`: method, views
@@ -166,7 +166,8 @@ def pretrain_findings(
              f'{views} '
              f'views) reaches disease AUROC {with_interval(own)}, on those of an encoder that was never trained '
              f'{with_interval(base)} ({sample_size(own)}).')
-    more  = [] if own['value'] > base['value'] else [_warn('Pretraining was no better than random features.')]
+    clear = own['value'] > (base['hi'] if _has(base.get('hi')) else base['value'])
+    more  = [] if clear else [_warn('Pretraining was not clearly better than random features.')]
     return [_result(text), *more]
 
 # %% ../nbs/61a_findings.ipynb #b30c8ea2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_preset']
 
-# %% ../nbs/66a_presets.ipynb #73804bb6
+# %% ../nbs/66a_presets.ipynb #55eb5c84
 import shutil
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from .train import checkpoint_cbs
 from .transfer import linear_probe, train_downstream
 from .visualize import contact_sheet, show_views
 
-# %% ../nbs/66a_presets.ipynb #985ad0bb
+# %% ../nbs/66a_presets.ipynb #b3d8b4e4
 def _how(run, device, progress):
     "Arguments that every training takes"
     c = run.config
@@ -48,7 +48,7 @@ def _records(run):
     add_record(run, 'data', **{**run.record['data'], 'labels': recs.labels})
     return recs
 
-# %% ../nbs/66a_presets.ipynb #466cb83d
+# %% ../nbs/66a_presets.ipynb #3e64297e
 def _disease(run, recs, fits, how):
     "A classifier of raw images of the defence, as published; None: it learns with the maker"
     c, d = run.config, run.config['disease']
@@ -69,10 +69,13 @@ def _obfuscator(run, recs, fits, how):
               precision=c['precision'], disease=_disease(run, recs, stage_fits(run, fits, 'game'), how), **g)
     with stage(run, f'viewmaker against {c["attribute"]}'): return obfuscate_stage(run, recs, kw, fits)
 
-def _sheet(run, recs, obf):
-    "Obfuscated test images side by side"
-    dl = records_dls(recs.select(part='attack'), run.config['attribute'], run.config['size'], device='cpu').test
+def _pictures(run, recs, obf):
+    "Pairs with their difference, and obfuscated test images side by side"
+    c  = run.config
+    dl = records_dls(recs.select(part='attack'), c['attribute'], c['size'], device='cpu').test
     x  = dl.fetch(range(min(12, len(dl.dataset))))[0]
+    seed_everything(c['seed'])      # the noise of what is measured and shown
+    picture_stage(run, recs, obf, c['size'])
     contact_sheet(obf(x))[0,0].figure.savefig(run.figure_path('views_sheet'), dpi=150,
                                               bbox_inches='tight'); plt.close('all')
 
@@ -85,11 +88,11 @@ def _class_table(run, preds):
     add_summary(run, {f'{r.condition.replace(" ", "_")}.disease.macro_f1': dict(value=r.value, lo=r.lo, hi=r.hi,
                                                                                 n=r.n) for r in f1.itertuples()})
 
-# %% ../nbs/66a_presets.ipynb #03b02194
+# %% ../nbs/66a_presets.ipynb #28f93979
 def _run_viewmaker(run, fits, how):
     recs, c = _records(run), run.config
     obf = _obfuscator(run, recs, fits, how)
-    picture_stage(run, recs, obf, c['size']); _sheet(run, recs, obf)
+    _pictures(run, recs, obf)
     a, u = dict(c['attack']), dict(c['utility'])
     attack_stage(run, recs, obf, tuple(a.pop('archs')), dict(how, **a), n_boot=c['n_boot'], fits=fits)
     utility_stage(run, recs, obf, u.pop('arch'), dict(how, **u), n_boot=c['n_boot'], fits=fits)
@@ -97,7 +100,7 @@ def _run_viewmaker(run, fits, how):
     df = pd.read_parquet(run.path/'predictions'/'disease.parquet')
     _class_table(run, Predictions(df, recs.labels, 'multiclass'))
 
-# %% ../nbs/66a_presets.ipynb #5950fef4
+# %% ../nbs/66a_presets.ipynb #4ab9cf96
 def _write(run, preds, pairs, n_boot):
     "Judge classifiers in pairs; tables, methods and summary"
     save_predictions(preds, run.path/'predictions'/'disease.parquet')
@@ -129,7 +132,7 @@ def _evaluated(run, recs, encoders, how):
     return concat_predictions([linear_probe(recs, e, name=n, run=run.path.name, **kw).preds
                                for n,e in encoders.items()])
 
-# %% ../nbs/66a_presets.ipynb #dcca2de2
+# %% ../nbs/66a_presets.ipynb #97757c3b
 def _picture_pretraining(run, recs, maker):
     "The learning curve, and test images with one view each"
     plot_pretraining(read_table_of(run, 'metrics')).figure.savefig(run.figure_path('pretraining'), dpi=150)
@@ -154,7 +157,7 @@ def _run_pretrain(run, fits, how):
         _class_table(run, preds)
     add_record(run, 'linear', fit=c['linear']['fit'], where=c['linear']['where'], conditions=list(both))
 
-# %% ../nbs/66a_presets.ipynb #676e48f6
+# %% ../nbs/66a_presets.ipynb #7804db7e
 def _confusion_rows(name, matrices):
     e, t, p = np.indices(matrices.shape)
     return pd.DataFrame(dict(condition=name, epoch=e.ravel(), truth=t.ravel(), predicted=p.ravel(), n=matrices.ravel()))
@@ -177,7 +180,7 @@ def _run_downstream(run, fits, how):
     recs, c = _records(run), run.config
     folder, d = c['downstream']['obfuscator'], c['downstream']
     obf = Obfuscator.load(folder) if folder else _obfuscator(run, recs, fits, how)
-    picture_stage(run, recs, obf, c['size']); _sheet(run, recs, obf)
+    _pictures(run, recs, obf)
     done = [_downstream(run, recs, m, n, fits, how) for n,m in dict(raw=None, obfuscated=obf).items()]
     conf = pd.concat([t for _,t in done], ignore_index=True)
     add_table(run, 'confusion', conf)
@@ -190,7 +193,7 @@ def _run_downstream(run, fits, how):
     both = concat_predictions([p for p,_ in done])
     _write(run, both, [('obfuscated', 'raw')], c['n_boot']); _class_table(run, both)
 
-# %% ../nbs/66a_presets.ipynb #64a8d198
+# %% ../nbs/66a_presets.ipynb #b28adb6d
 _RUNS = dict(viewmaker=_run_viewmaker, pretrain=_run_pretrain, downstream=_run_downstream)
 
 def run_preset(

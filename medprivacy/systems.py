@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'to_classes', 'check_classes', 'Preset', 'maker_args', 'preset_config']
 
-# %% ../nbs/66_systems.ipynb #05e797f1
+# %% ../nbs/66_systems.ipynb #79a9639a
 import tomllib
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .data.core import Records
 from .game import n_outputs
 from .settings import check_settings
 
-# %% ../nbs/66_systems.ipynb #210c8315
+# %% ../nbs/66_systems.ipynb #f4980317
 def to_classes(
     records:Records,              # With findings, or with one column of grades or classes
     cuts:tuple=(1,2),             # Of the number of findings: first number of each class but the lowest
@@ -49,7 +49,7 @@ def check_classes(
             raise DataError(f'{records.name}: no training patient of part {part!r} has class {gone}; use more '
                             f'patients or other cuts')
 
-# %% ../nbs/66_systems.ipynb #09955bec
+# %% ../nbs/66_systems.ipynb #e700156d
 _ATTACK = dict(archs=['small_resnet', 'resnet9', 'resnet18'], epochs=20, draws=4, lr=4e-3)
 _FOCAL  = dict(gamma=2., attr_gamma=2., weigh=True, scale=1., detach=True)
 _GAME   = dict(attack='negative', weight=1., use_disease=True, attackers=['resnet200d'], attacker_steps=1,
@@ -76,14 +76,14 @@ _VIEWS  = dict(distortion_budget=.05, num_res_blocks=3, activation='relu', width
 _EXPERT = dict(crop=.3, jitter=.4, blur=.5, grey=.2, flip=False)
 
 _NARROW = dict(epochs=1, lr=2e-3, attacker_lr=2e-3, attackers=['small_resnet'])
-_TINY   = dict(size=32, bs=16, n_boot=50, data=dict(n_patients=48))
+_TINY   = dict(size=32, bs=16, n_boot=50, data=dict(n_patients=72))
 _QUICK  = dict(_TINY, maker=dict(width=.25), disease=dict(arch='small_resnet', epochs=1, lr=4e-3), game=_NARROW)
 _SMALL  = dict(viewmaker=dict(_QUICK, attack=dict(archs=['small_resnet'], epochs=1, draws=1),
                               utility=dict(epochs=1, draws=1)),
                pretrain=dict(_TINY, pretrain=dict(epochs=2, dim=16, hidden=16, k=64)),
                downstream=dict(_QUICK, downstream=dict(arch='resnet18d', epochs=1, draws=1, lr=2e-3)))
 
-# %% ../nbs/66_systems.ipynb #b899327f
+# %% ../nbs/66_systems.ipynb #12b92f67
 def _freeze(o):
     if isinstance(o, dict): return MappingProxyType({k: _freeze(v) for k,v in o.items()})
     return tuple(o) if isinstance(o, list) else o
@@ -126,7 +126,7 @@ PRESETS = MappingProxyType(dict([
     _preset('downstream', 'downstream', 'classes from obfuscated images, large encoder, erased patches',
             dict(_RETINA, downstream=dict(obfuscator='', arch='resnet200d', epochs=20, draws=4, erase=.25, lr=5e-4)))]))
 
-# %% ../nbs/66_systems.ipynb #5dfd2a5a
+# %% ../nbs/66_systems.ipynb #56b553b4
 def maker_args(
     maker:dict,      # Section `maker` of a preset
 ) -> dict:           # Arguments of `Viewmaker`
@@ -135,7 +135,7 @@ def maker_args(
     return dict(a, distortion_budget=a.pop('budget')*float(np.mean(a.pop('budget_std'))),
                 downsample_to=a.pop('downsample_to') or False)
 
-# %% ../nbs/66_systems.ipynb #a6d81c6b
+# %% ../nbs/66_systems.ipynb #c1285f8a
 _DATA_KEYS = ('phantom', 'modality', 'n_patients', 'size', 'seed', 'name', 'dataset', 'root', 'labels', 'options',
               'csv', 'folder', 'ext', 'image', 'patient', 'sex', 'age', 'sex_codes', 'unreadable', 'task')
 _FIVE = ['Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Pleural Effusion']
@@ -168,7 +168,7 @@ def _source(cfg, data, five):
     if str(d.get('dataset')).startswith('chexpert') and not labels and five: d['labels'] = _FIVE
     return dict(d, name=d.get('name') or d.get('dataset') or Path(d['root']).name)
 
-# %% ../nbs/66_systems.ipynb #6810921b
+# %% ../nbs/66_systems.ipynb #c4243d13
 def _read_toml(path):
     try: return tomllib.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as e:
