@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPCallback']
 
-# %% ../../nbs/41_dp.callback.ipynb #b64a626c
+# %% ../../nbs/41_dp.callback.ipynb #22958106
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from .parallel import SharedDraws, check_same, same_weights, wait_for_all
 from .sample import PoissonDL, fetch_rows
 from .step import PrivateStep, repeat_views
 
-# %% ../../nbs/41_dp.callback.ipynb #1baa95b7
+# %% ../../nbs/41_dp.callback.ipynb #bb0edeca
 class DPCallback(Sealed, Callback):
     "Settings, steps and noise of private training; added by `Learner.to_private`, reached as `learn.dp`"
     order = Recorder.order+1   # After Recorder has made its columns, before the progress bar is drawn
@@ -85,7 +85,9 @@ class DPCallback(Sealed, Callback):
         if self._log_eps and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.spent.eps)
         self._log_eps = False
 
-# %% ../../nbs/41_dp.callback.ipynb #8f6ca437
+DPCallback.__init__.__delwrap__ = DPSettings   # `show_doc` reads the settings' comments in the class, not in its __init__
+
+# %% ../../nbs/41_dp.callback.ipynb #f13f32af
 def _note(cb, *queries): cb._unaccounted.extend(q for q in dict.fromkeys(queries) if q not in cb._unaccounted)
 
 def _guard(cb):
@@ -117,7 +119,7 @@ def _add_column(cb):
     names.insert(len(names)-(names[-1]=='time'), 'epsilon')
     cb.recorder.metric_names = L(names)
 
-# %% ../../nbs/41_dp.callback.ipynb #6e86da04
+# %% ../../nbs/41_dp.callback.ipynb #272f48b5
 def _convert(learn):
     "Replace layers that mix patients, saying so"
     try: return check_model(learn.model)
@@ -170,6 +172,7 @@ def to_private(self:Learner,
     prepare(cb, self.dls, self, patients)
     if convert: _convert(self)
     check_model(self.model)
+    self._do_one_batch = PrivateStep(cb, charge)   # From now on, not only in a fit
     return self.add_cb(cb)
 
 @patch
