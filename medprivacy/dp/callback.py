@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPCallback']
 
-# %% ../../nbs/41_dp.callback.ipynb #22958106
+# %% ../../nbs/41_dp.callback.ipynb #8b44d171
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from .parallel import SharedDraws, check_same, same_weights, wait_for_all
 from .sample import PoissonDL, fetch_rows
 from .step import PrivateStep, repeat_views
 
-# %% ../../nbs/41_dp.callback.ipynb #bb0edeca
+# %% ../../nbs/41_dp.callback.ipynb #58138a84
 class DPCallback(Sealed, Callback):
     "Settings, steps and noise of private training; added by `Learner.to_private`, reached as `learn.dp`"
     order = Recorder.order+1   # After Recorder has made its columns, before the progress bar is drawn
@@ -85,9 +85,9 @@ class DPCallback(Sealed, Callback):
         if self._log_eps and hasattr(self.learn, 'recorder'): self.recorder.log.append(self.spent.eps)
         self._log_eps = False
 
-DPCallback.__init__.__delwrap__ = DPSettings   # `show_doc` reads the settings' comments in the class, not in its __init__
+DPCallback.__init__.__delwrap__ = DPSettings   # Whose written __init__ has no source: `show_doc` needs the class
 
-# %% ../../nbs/41_dp.callback.ipynb #f13f32af
+# %% ../../nbs/41_dp.callback.ipynb #065bf620
 def _note(cb, *queries): cb._unaccounted.extend(q for q in dict.fromkeys(queries) if q not in cb._unaccounted)
 
 def _guard(cb):
@@ -119,7 +119,7 @@ def _add_column(cb):
     names.insert(len(names)-(names[-1]=='time'), 'epsilon')
     cb.recorder.metric_names = L(names)
 
-# %% ../../nbs/41_dp.callback.ipynb #272f48b5
+# %% ../../nbs/41_dp.callback.ipynb #d62c8467
 def _convert(learn):
     "Replace layers that mix patients, saying so"
     try: return check_model(learn.model)
