@@ -217,13 +217,13 @@ def clipped_batch(
     if len(xb[0]) != n*views:
         raise ConfigError(f'{len(xb[0])} inputs for {n} targets: give {views} views of each image')
     step   = physical_bs or max(n, 1)
-    grads  = {k: torch.zeros_like(p) for k,p in model.named_parameters() if p.requires_grad}
-    norms, losses, preds = [], [], []
+    grads, norms, losses, preds = {}, [], [], []
     for i in range(0, n, step):
         x,y = _rows(xb, slice(i*views, (i+step)*views)), _rows(yb, slice(i,i+step))
         o   = _piece(model, loss_func, x, y, max_grad_norm, clipping, views, check and i==0)
-        for k,g in o.grads.items(): grads[k] += g
+        for k,g in o.grads.items(): grads[k] = grads[k].add_(g) if k in grads else g
         for k,v in zip((norms, losses, preds), (o.norms, o.losses, o.preds)): k.append(v)
+    grads = {k: grads[k] if k in grads else torch.zeros_like(p) for k,p in model.named_parameters() if p.requires_grad}
     if not n: return ClippedBatch(grads, torch.zeros(0), torch.zeros(0), None)
     return ClippedBatch(grads, _cat(norms), _cat(losses), _cat(preds))
 
