@@ -6,7 +6,7 @@
 __all__ = ['medprivacy_demo', 'medprivacy_preset', 'medprivacy_obfuscate', 'medprivacy_attack', 'medprivacy_train',
            'medprivacy_evaluate', 'medprivacy_report']
 
-# %% ../nbs/70_cli.ipynb #0de307fa
+# %% ../nbs/70_cli.ipynb #b3433d9f
 import sys
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from .options import (check_log, data_args, data_section, enough_epochs, log_set
                                 open_study, show_table, size_and_seed, split_items, stage_settings, stored_obfuscator,
                                 study_fits, train_args)
 from .presets import run_preset
+from .dp.parallel import rank_folder, start_ranks
 from .report import report
 from .settings import check_epsilons, check_settings
 from .study import (attack_stage, demo_stages, headline, obfuscate_stage, picture_stage, train_stage,
                               utility_stage)
 from .systems import PRESETS, preset_config
 
-# %% ../nbs/70_cli.ipynb #3d8c2c98
+# %% ../nbs/70_cli.ipynb #7796273a
 _DEMO = dict(obfuscate=dict(epochs=32), attack=dict(epochs=8, draws=4), utility=dict(epochs=16, draws=4),
              train=dict(epochs=12, private_epochs=12))
 _SMALL = dict(obfuscate=dict(epochs=2, bs=16), attack=dict(epochs=1, draws=2, bs=16),
@@ -56,7 +57,7 @@ def medprivacy_demo(
     show_table(demo_stages(run, **_demo_plan(small, seed, device, size), n_boot=boot))
     print(f'report: {report(run)}')
 
-# %% ../nbs/70_cli.ipynb #80c27d43
+# %% ../nbs/70_cli.ipynb #115a88ff
 @call_parse
 @one_line_errors
 @delegates(data_args, but=['n_patients', 'modality'])
@@ -91,7 +92,7 @@ def _preset_list():
     w = max(map(len, PRESETS))
     return '\n'.join(f'{n:<{w}}  {p.about}' for n,p in PRESETS.items())
 
-# %% ../nbs/70_cli.ipynb #ccdb211c
+# %% ../nbs/70_cli.ipynb #90b4bdce
 def _train_options(kwargs):
     "Take the options of a training out of the options of the data, and check them"
     o = {k: kwargs.pop(k, d) for k,d in dict(precision='fp32', every=100, wandb='off', wandb_images=False).items()}
@@ -107,7 +108,7 @@ def _begin(run, name, settings, o, records):
     add_config(run, name, settings)
     return study_fits(run, o['every'], o['wandb'], o['wandb_images'], settings, records)
 
-# %% ../nbs/70_cli.ipynb #a4652207
+# %% ../nbs/70_cli.ipynb #396ca759
 @call_parse
 @one_line_errors
 @delegates(train_args)
@@ -142,7 +143,7 @@ def medprivacy_obfuscate(
         picture_stage(run, recs, obf, one['size'])
     print(f'obfuscator: {run.path/"model"}')
 
-# %% ../nbs/70_cli.ipynb #9c5b022b
+# %% ../nbs/70_cli.ipynb #d0e95c7e
 @call_parse
 @one_line_errors
 @delegates(train_args)
@@ -179,13 +180,13 @@ def medprivacy_attack(
         utility_stage(run, recs, obf, settings=dict(kw, epochs=utility_epochs), n_boot=n_boot, fits=fits)
     show_table(table[['condition', 'model', 'auroc', 'leakage', 'lo', 'hi', 'n', 'n_patients']].round(3))
 
-# %% ../nbs/70_cli.ipynb #dd13f9b2
+# %% ../nbs/70_cli.ipynb #bfdcf8cf
 @call_parse
 @one_line_errors
 @delegates(train_args)
 def medprivacy_train(
     out:str='runs/study',           # Run folder
-    epsilon:str='8',                # Privacy targets ε, e.g. 1,8, each a classifier beside one without; none: no private one
+    epsilon:str='8',                # Privacy targets ε, e.g. 1,8, beside a classifier without; none: only that
     delta:float=None,               # Privacy parameter δ; default: 1/(10·patients)
     max_grad_norm:float=1.,         # Longest gradient that one patient may add; longer ones are clipped
     unit:str='patient',             # What is protected: patient or image
@@ -202,6 +203,7 @@ def medprivacy_train(
     **kwargs
 ) -> None:
     "Train a classifier without and with differential privacy"
+    start_ranks()    # Under torchrun
     device, o = str(pick_device(device)), _train_options(kwargs)
     eps = () if epsilon == 'none' else check_epsilons(epsilon)
     if eps and o['precision'] != 'fp32':
@@ -210,6 +212,7 @@ def medprivacy_train(
     check_settings(delta=delta, max_grad_norm=max_grad_norm, unit=unit, arch=arch, epochs=epochs,
                    private_epochs=private_epochs, private_bs=private_bs, bs=bs, lr=lr, n_boot=n_boot, size=size,
                    seed=seed)
+    out = rank_folder(out, copy=bool(kwargs.get('resume')))
     with open_study(out, size, seed, unit=unit if eps else None, **kwargs) as run:
         kw = dict(arch=arch, bs=bs, private_bs=private_bs, epochs=epochs, private_epochs=private_epochs, lr=lr,
                   max_grad_norm=max_grad_norm, delta=delta, unit=unit, device=device, precision=o['precision'],
@@ -221,7 +224,7 @@ def medprivacy_train(
     show_table(use.loc[use.label == 'macro', ['condition', 'auroc', 'auroc_lo', 'auroc_hi', 'n',
                                               'n_patients']].round(3))
 
-# %% ../nbs/70_cli.ipynb #ef7690d8
+# %% ../nbs/70_cli.ipynb #7e988e8d
 def _one_model(file, model):
     "Predictions of a file, or of one model in it"
     preds = load_predictions(file)
