@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare', 'calibrate', 'spent_so_far', 'open_ledger', 'plan_fit', 'charge', 'rank_facts', 'weigh_labels']
 
-# %% ../../nbs/40j_dp.budget.ipynb #3d1c19c0
+# %% ../../nbs/40j_dp.budget.ipynb #d5705638
 import hashlib
 
 import numpy as np
@@ -20,7 +20,7 @@ from .parallel import ranks
 from .plan import first_rank, plan_noise, training_facts
 from .sample import PoissonSampler, loader_bs, train_rows
 
-# %% ../../nbs/40j_dp.budget.ipynb #a5f8c589
+# %% ../../nbs/40j_dp.budget.ipynb #3d35dd10
 def prepare(
     cb:object,          # `DPCallback`
     dls:DataLoaders,    # With the training loader
@@ -30,6 +30,7 @@ def prepare(
     "Take units, rate and δ from the training loader"
     dl, n = dls.train, train_rows(dls.train)
     ids   = patients if patients is not None else getattr(dls, 'train_patients', None)
+    known = None if ids is None else np.unique(np.asarray(ids).astype(str), return_counts=True)[1]
     if cb.unit == 'image': ids = None
     elif ids is None:
         raise ConfigError("the loaders carry no patient ids (dls.train_patients): give patients=, "
@@ -40,7 +41,8 @@ def prepare(
         raise ConfigError(f'delta {delta} must be below 1/{units}, one over the number of {cb.unit}s: '
                           'else one of them may be published whole')
     write(cb, sampler=sampler, rate=sampler.rate, n_units=units, delta=delta, _train_dl=dl,
-          _ids=None if ids is None else np.asarray(ids))
+          _ids=None if ids is None else np.asarray(ids),
+          _images=None if known is None else (int(known.min()), int(known.max())))
     remember(cb, learn)
     if isinstance(cb.pos_weight, str) and cb.count_noise is None:
         write(cb, count_noise=count_noise_for(cb.target_epsilon, delta=delta, accountant=cb.accountant))
@@ -70,9 +72,9 @@ def spent_so_far(
     eps   = epsilon(noise, cb.rate or 0., cb.steps_taken, cb.delta, cb.accountant, extra=cb._extra)
     return PrivacySpent(eps, cb.delta, cb.accountant, 'poisson', neighbours='add-remove', unit=cb.unit,
                         steps=cb.steps_taken, sample_rate=cb.rate, noise_multiplier=cb._noise,
-                        private=not cb._test_mode)
+                        private=not cb._test_mode, extra=cb._extra)
 
-# %% ../../nbs/40j_dp.budget.ipynb #3a88099e
+# %% ../../nbs/40j_dp.budget.ipynb #5354c154
 def open_ledger(
     cb:object,     # `DPCallback`, calibrated
 ) -> None:
@@ -92,7 +94,8 @@ def plan_fit(
     if want == 0: return
     if cb._noise is None: calibrate(cb, cb.epochs or cb.learn.n_epoch)
     if cb.ledger is not None: open_ledger(cb)
-    if any(getattr(o, 'pending', False) for o in cb.learn.cbs):   # A checkpoint is read, with weights that were paid for
+    if any(getattr(o, 'pending', False)
+           for o in cb.learn.cbs):   # A checkpoint is read, with weights that were paid for
         if isinstance(cb.pos_weight, str): write(cb, _weighted=True)
         return weigh_labels(cb)
     if cb.max_steps is not None and cb.steps_left <= 0:
@@ -119,7 +122,7 @@ def rank_facts(
              'noise_multiplier', 'clipping', 'views', 'precision')
     return {**{k: getattr(cb, k) for k in names}, 'patients': rows, 'epochs': cb.learn.n_epoch}
 
-# %% ../../nbs/40j_dp.budget.ipynb #76d304bc
+# %% ../../nbs/40j_dp.budget.ipynb #506f5b3b
 def _loss_with_weights(loss):
     for o in (loss, getattr(loss, 'func', None)):
         if hasattr(o, 'pos_weight'): return o

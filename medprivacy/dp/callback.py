@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPCallback']
 
-# %% ../../nbs/41_dp.callback.ipynb #8b44d171
+# %% ../../nbs/41_dp.callback.ipynb #a4be0536
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,16 @@ from .noise import NoiseSource
 from .parallel import SharedDraws, check_same, same_weights, wait_for_all
 from .sample import PoissonDL, fetch_rows
 from .step import PrivateStep, repeat_views
+from .units import BothUnits, both_units
 
-# %% ../../nbs/41_dp.callback.ipynb #58138a84
+# %% ../../nbs/41_dp.callback.ipynb #c92ccff1
 class DPCallback(Sealed, Callback):
     "Settings, steps and noise of private training; added by `Learner.to_private`, reached as `learn.dp`"
     order = Recorder.order+1   # After Recorder has made its columns, before the progress bar is drawn
     terms = ('target_epsilon', 'noise_multiplier', 'delta', 'max_grad_norm', 'unit', 'accountant', 'epochs', 'clipping',
              'views', 'engine', 'precision', 'secure', 'pos_weight', 'count_noise', 'rate', 'n_units', 'sampler',
-             'steps_taken', 'max_steps', 'spent', 'steps_left', 'noise', 'counts', 'ledger', 'unaccounted', '_noise',
+             'steps_taken', 'max_steps', 'spent', 'steps_left', 'noise', 'counts', 'ledger', 'both', '_images',
+             'unaccounted', '_noise',
              '_seed', '_test_mode', '_extra', '_train_dl', '_home', '_dataset', '_fingerprint', '_sealed')
 
     @delegates(DPSettings)
@@ -51,7 +53,8 @@ class DPCallback(Sealed, Callback):
         write(self, **{k: v for k,v in s.items() if k != 'noise_multiplier'}, _noise=noise_multiplier, ledger=ledger)
         write(self, noise=NoiseSource(secure=self.secure, seed=seed), _seed=seed, _test_mode=seed is not None)
         write(self, steps_taken=0, max_steps=None, sampler=None, rate=None, n_units=None, counts=None, _extra=(),
-              _train_dl=None, _loader=None, _home=None, _ids=None, _facts=None, _unaccounted=[], _weighted=False)
+              _train_dl=None, _loader=None, _home=None, _ids=None, _images=None, _facts=None, _unaccounted=[],
+              _weighted=False)
         self._log_eps,self._checked,self.start = False,False,0   # start: steps of a pass before an interruption
         self._sealed = True
 
@@ -60,12 +63,16 @@ class DPCallback(Sealed, Callback):
     @property
     def spent(self) -> PrivacySpent: return spent_so_far(self)
     @property
+    def both(self) -> BothUnits:   # What a patient and an image are promised, side by side
+        if self._images is None: raise ConfigError('no patient ids are known: give patients= to to_private')
+        return both_units(self.spent, self._images)
+    @property
     def steps_left(self) -> int: return None if self.max_steps is None else self.max_steps-self.steps_taken
     @property
     def unaccounted(self) -> list: return list(self._unaccounted)
 
     def __getstate__(self):   # An exported learner must carry neither the noise nor the patients
-        hidden = 'sampler', '_train_dl', '_loader', '_ids', '_seed', '_home', '_dataset', 'noise'
+        hidden = '_images', 'sampler', '_train_dl', '_loader', '_ids', '_seed', '_home', '_dataset', 'noise'
         return {**self.__dict__, **dict.fromkeys(hidden)}
 
     def before_fit(self):
@@ -87,7 +94,7 @@ class DPCallback(Sealed, Callback):
 
 DPCallback.__init__.__delwrap__ = DPSettings   # Whose written __init__ has no source: `show_doc` needs the class
 
-# %% ../../nbs/41_dp.callback.ipynb #065bf620
+# %% ../../nbs/41_dp.callback.ipynb #a7406465
 def _note(cb, *queries): cb._unaccounted.extend(q for q in dict.fromkeys(queries) if q not in cb._unaccounted)
 
 def _guard(cb):
@@ -119,7 +126,7 @@ def _add_column(cb):
     names.insert(len(names)-(names[-1]=='time'), 'epsilon')
     cb.recorder.metric_names = L(names)
 
-# %% ../../nbs/41_dp.callback.ipynb #d62c8467
+# %% ../../nbs/41_dp.callback.ipynb #034999d9
 def _convert(learn):
     "Replace layers that mix patients, saying so"
     try: return check_model(learn.model)

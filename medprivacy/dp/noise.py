@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NoiseSource']
 
-# %% ../../nbs/40e_dp.noise.ipynb #5777013b
+# %% ../../nbs/40e_dp.noise.ipynb #1ed090dc
 import hashlib, math, os
 
 import torch
@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from ..core import ConfigError
 
-# %% ../../nbs/40e_dp.noise.ipynb #3029b8c2
+# %% ../../nbs/40e_dp.noise.ipynb #84116004
 _KEY_BYTES = 2**32   # Of stream for one key; ChaCha20 repeats after 2³⁸
 
 class _Stream:
@@ -30,7 +30,7 @@ class _Stream:
         self.left -= len(zeros)
         self.encryptor.update_into(zeros, buffer)
 
-# %% ../../nbs/40e_dp.noise.ipynb #83b5d1f1
+# %% ../../nbs/40e_dp.noise.ipynb #29e9e8f3
 _CHUNK = 2**16   # Normal numbers made at a time: what stays in a core's own cache
 
 class _Normals:
@@ -67,7 +67,7 @@ class _Normals:
         self.at += n
         return self.out[self.at-n:self.at]
 
-# %% ../../nbs/40e_dp.noise.ipynb #280faf94
+# %% ../../nbs/40e_dp.noise.ipynb #10c31b96
 class NoiseSource:
     "Gaussian noise that is never given out twice; a copy of a source is a new source"
     def __init__(self,
@@ -131,7 +131,7 @@ def _add(source, sums, std, sensitivity, by):
             at += len(z)
     return out
 
-# %% ../../nbs/40e_dp.noise.ipynb #d4145c3e
+# %% ../../nbs/40e_dp.noise.ipynb #89bceefd
 _GRID = 24   # Bits of the noise's standard deviation that the grid keeps
 
 def _grid(std, sensitivity, d):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'repeat_views', 'exact_products', 'opacus_batch', 'clip_step', 'PrivateStep', 'check_step']
 
-# %% ../../nbs/40h_dp.step.ipynb #ae96e28c
+# %% ../../nbs/40h_dp.step.ipynb #987c669c
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -15,11 +15,12 @@ from opacus.grad_sample import GradSampleModule
 from torch import nn
 from ..core import BudgetError, ConfigError, UnsupportedUnderDP
 from ..train import PRECISIONS, _in_bf16
-from .clip import CLIPPING, ClippedBatch, _cat, _detach, _factors, _plain, _rows, clipped_batch, sample_losses
+from .clip import (CLIPPING, ClippedBatch, _cat, _detach, _factors, _plain, _rows, clipped_batch,
+                                sample_losses)
 from .layers import sq_norms
 from .parallel import mean_loss, noisy_sum
 
-# %% ../../nbs/40h_dp.step.ipynb #911d540e
+# %% ../../nbs/40h_dp.step.ipynb #7f065185
 def repeat_views(
     fetch:Callable,   # () → batch of the drawn rows, transformed anew at each call
     views:int=1,      # K
@@ -30,11 +31,12 @@ def repeat_views(
     many = [batch, *(fetch() for _ in range(views-1))]
     x, y = (torch.stack([b[0].as_subclass(torch.Tensor) for b in many], 1).flatten(0, 1), batch[1:])
     for other in many[1:]:
-        if len(batch) != 2 or not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a,b in zip(y, other[1:])):
+        if len(batch) != 2 or not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+                                      for a,b in zip(y, other[1:])):
             raise ConfigError('views need one input, and targets that transforms leave alone: use views=1')
     return (x, *y)
 
-# %% ../../nbs/40h_dp.step.ipynb #e5f86fc8
+# %% ../../nbs/40h_dp.step.ipynb #1317e79a
 _KNOBS = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.cuda.matmul,
           torch.backends.cudnn.conv)
 
@@ -61,7 +63,7 @@ def _computing_in(precision, model):
         vars(model).pop('forward', None)
         if own is not None: model.forward = own
 
-# %% ../../nbs/40h_dp.step.ipynb #094f95d3
+# %% ../../nbs/40h_dp.step.ipynb #a6168371
 ENGINES = ('book-keeping', 'opacus')
 
 @contextmanager
@@ -106,7 +108,7 @@ def _clip_all(each, names, losses, pred, max_grad_norm, clipping):
              g.masked_fill(bad.view(-1, *[1]*(g.dim()-1)), 0.)) for p,g in each.items()}
     return ClippedBatch(sums, norms, losses.detach(), _detach(pred))
 
-# %% ../../nbs/40h_dp.step.ipynb #601ad353
+# %% ../../nbs/40h_dp.step.ipynb #1b0ddd85
 def opacus_batch(
     model:nn.Module,          # In the mode it is trained in
     loss_func:Callable,       # loss(pred, *targets) → one number
@@ -124,12 +126,13 @@ def opacus_batch(
     if not n: return ClippedBatch(sums, torch.zeros(0), torch.zeros(0), None)
     step, pieces = physical_bs or n, []
     for i in range(0, n, step):
-        o = _opacus_piece(model, loss_func, _rows(xb, slice(i,i+step)), _rows(yb, slice(i,i+step)), max_grad_norm, clipping)
+        o = _opacus_piece(model, loss_func, _rows(xb, slice(i,i+step)), _rows(yb, slice(i,i+step)), max_grad_norm,
+                          clipping)
         for k,g in o.grads.items(): sums[k] += g
         pieces.append((o.norms, o.losses, o.preds))
     return ClippedBatch(sums, *(_cat(list(v)) for v in zip(*pieces)))
 
-# %% ../../nbs/40h_dp.step.ipynb #bcbd6e1b
+# %% ../../nbs/40h_dp.step.ipynb #df846b89
 _OF_WEIGHTS = ('_u', '_v', 'weight_u', 'weight_v')   # Buffers of spectral norms
 
 def _buffers(model):
@@ -164,7 +167,7 @@ def clip_step(
                                  'training without noise: take the buffer out, or freeze it in the module')
     return out
 
-# %% ../../nbs/40h_dp.step.ipynb #72e298dc
+# %% ../../nbs/40h_dp.step.ipynb #6b4fb309
 def _set_grads(cb, grads):
     "`.grad` = (clipped sum + noise) / expected batch size"
     std   = cb.noise_multiplier*cb.max_grad_norm
@@ -180,7 +183,7 @@ def _show(cb, out, loss):
     if learn.pred is not pred or learn.loss_grad is not loss:
         raise UnsupportedUnderDP('a callback replaced the prediction or the loss of a clipped batch: remove it')
 
-# %% ../../nbs/40h_dp.step.ipynb #e6463065
+# %% ../../nbs/40h_dp.step.ipynb #0cbe0b99
 class PrivateStep:
     "One private step, in place of `Learner._do_one_batch`"
     def __init__(self,
@@ -213,7 +216,7 @@ def _check_drawn(cb, learn):
         raise UnsupportedUnderDP(f'a batch of {drawn} images has become one of {len(learn.yb[0])}: a patient would '
                                  'count more than once. Take the callback or transform away that adds images')
 
-# %% ../../nbs/40h_dp.step.ipynb #75b880b8
+# %% ../../nbs/40h_dp.step.ipynb #a7abc773
 def check_step(
     *,
     clipping:str,     # 'flat', 'automatic' or 'layer'
@@ -225,6 +228,7 @@ def check_step(
     for name,value,known in (('clipping', clipping, CLIPPING), ('engine', engine, ENGINES),
                              ('precision', precision, PRECISIONS)):
         if value not in known: raise ConfigError(f'{name} must be one of {known}, got {value!r}')
-    if not isinstance(views, int) or views < 1: raise ConfigError(f'views must be a whole number from 1 on, got {views!r}')
+    if not isinstance(views, int) or views < 1:
+        raise ConfigError(f'views must be a whole number from 1 on, got {views!r}')
     if engine == 'opacus' and (views > 1 or precision != 'fp32'):
         raise ConfigError("engine='opacus' has one view and float32: use engine='book-keeping' for more")

@@ -177,3 +177,17 @@ def test_given_weights_are_used_and_listed():
     assert learn.loss_func.pos_weight.tolist()==[4.] and any('pos_weight' in q for q in learn.dp.unaccounted)
     with pytest.raises(ConfigError, match='no pos_weight'): private(noise_multiplier=1., pos_weight=[1.]).fit(1)
     with pytest.raises(ConfigError, match='count_noise'): label_learner().to_private(noise_multiplier=1., pos_weight='private')
+
+# ------------------------------------------------------------ units
+
+@pytest.mark.parametrize('unit', ['patient', 'image'])
+def test_both_units_side_by_side(unit):
+    from medprivacy.dp.units import both_units
+    learn = private(noise_multiplier=1., unit=unit, delta=1e-3)
+    learn.fit(1)
+    both = learn.dp.both
+    assert getattr(both, unit)==learn.dp.spent and both.images==(2,2) and both.drawn==unit
+    assert both.patient.eps > both.image.eps if unit=='image' else both.image.eps > 0
+    assert both==both_units(learn.dp.spent, (2,2))
+    no_ids = DataLoaders(*dls_of().loaders)
+    with pytest.raises(ConfigError, match='patients='): private(no_ids, noise_multiplier=1., unit='image').dp.both
