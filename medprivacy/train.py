@@ -288,7 +288,7 @@ def _refuse(cb):
         raise CheckpointError('the last fit broke off on its way to the checkpoint; call fit again')
     if any(c.name == 'dp' for c in cb.learn.cbs):
         raise UnsupportedUnderDP('private training is not continued to the same bits: a repeated step needs fresh '
-                                 'noise and is charged again; remove CheckpointCallback')
+                                 'noise and is charged again; use PrivateCheckpointCallback of dp.resume')
     names = [c.name for c in cb.learn.cbs]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice: raise ConfigError(f'callbacks of the same name ({", ".join(twice)}) cannot be told apart; remove one')
