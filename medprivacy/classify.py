@@ -23,6 +23,7 @@ from .core import ConfigError, Run, add_record, add_summary, add_table, atomic_w
 from .data.core import Predictions, Records, concat_predictions, save_predictions
 from .data.load import records_dls
 from .dp.account import PrivacySpent
+from .dp.resume import PrivateCheckpointCallback
 from .fits import Fits, Fitted, LazyLoaders, mechanism_fact
 from .inputs import check_unit, known_sizes, unit_of
 from .models.resnet import create_classifier
@@ -131,6 +132,12 @@ def _fitted(dls, arch, lr, epochs, seed, private=None, progress=False, precision
     return learn
 
 # %% ../nbs/64b_classify.ipynb #14350567
+def _kept_private(run, fits, ledger, eps):
+    "What a private training needs to go on: a ledger in the run folder, and a checkpoint beside those of other fits"
+    if fits.folder is None: return {}, []
+    folder = fits.folder/'checkpoints'/f'{fits.name}eps{eps:g}'
+    return dict(ledger=run.path/ledger), [PrivateCheckpointCallback(folder, fits.every, resume=True)]
+
 def _scored(run, records, learn, dls, name):
     return probe_predictions(learn.model, dls, ProbeLoss('binary'), records.labels, name, run.path.name)
 
@@ -182,8 +189,9 @@ def train_stage(
     noisy = LazyLoaders(lambda: records_dls(records, bs=batch(), **load))
     how   = dict(max_grad_norm=max_grad_norm, delta=delta, unit=unit)
     def private(name, eps):
-        learn = _fitted(noisy(), epochs=private_epochs, progress=progress, private=dict(target_epsilon=eps, **how),
-                        **one)
+        safe, cbs = _kept_private(run, fits, 'ledger.jsonl' if name == 'private' else f'ledger_{eps:g}.jsonl', eps)
+        learn = _fitted(noisy(), epochs=private_epochs, progress=progress, cbs=cbs,
+                        private=dict(target_epsilon=eps, **how, **safe), **one)
         return Fitted(_scored(run, records, learn, noisy(), name), asdict(learn.dp.spent))
     with stage(run, 'disease classifier: no privacy'):
         preds = [fits.predictions('public', public, bs=bs, epochs=epochs, precision=precision, **facts).preds]
