@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'repeat_views', 'exact_products', 'opacus_batch', 'clip_step', 'PrivateStep', 'check_step']
 
-# %% ../../nbs/40h_dp.step.ipynb #987c669c
+# %% ../../nbs/40h_dp.step.ipynb #122d1d0f
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -20,7 +20,7 @@ from .clip import (CLIPPING, ClippedBatch, _cat, _detach, _factors, _plain, _row
 from .layers import sq_norms
 from .parallel import mean_loss, noisy_sum
 
-# %% ../../nbs/40h_dp.step.ipynb #7f065185
+# %% ../../nbs/40h_dp.step.ipynb #c36409f9
 def repeat_views(
     fetch:Callable,   # () → batch of the drawn rows, transformed anew at each call
     views:int=1,      # K
@@ -36,7 +36,7 @@ def repeat_views(
             raise ConfigError('views need one input, and targets that transforms leave alone: use views=1')
     return (x, *y)
 
-# %% ../../nbs/40h_dp.step.ipynb #1317e79a
+# %% ../../nbs/40h_dp.step.ipynb #7fc0f1ce
 _KNOBS = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.cuda.matmul,
           torch.backends.cudnn.conv)
 
@@ -63,7 +63,7 @@ def _computing_in(precision, model):
         vars(model).pop('forward', None)
         if own is not None: model.forward = own
 
-# %% ../../nbs/40h_dp.step.ipynb #a6168371
+# %% ../../nbs/40h_dp.step.ipynb #238b6f97
 ENGINES = ('book-keeping', 'opacus')
 
 @contextmanager
@@ -108,7 +108,7 @@ def _clip_all(each, names, losses, pred, max_grad_norm, clipping):
              g.masked_fill(bad.view(-1, *[1]*(g.dim()-1)), 0.)) for p,g in each.items()}
     return ClippedBatch(sums, norms, losses.detach(), _detach(pred))
 
-# %% ../../nbs/40h_dp.step.ipynb #1b0ddd85
+# %% ../../nbs/40h_dp.step.ipynb #d26ea880
 def opacus_batch(
     model:nn.Module,          # In the mode it is trained in
     loss_func:Callable,       # loss(pred, *targets) → one number
@@ -132,7 +132,7 @@ def opacus_batch(
         pieces.append((o.norms, o.losses, o.preds))
     return ClippedBatch(sums, *(_cat(list(v)) for v in zip(*pieces)))
 
-# %% ../../nbs/40h_dp.step.ipynb #df846b89
+# %% ../../nbs/40h_dp.step.ipynb #0f8b15d3
 _OF_WEIGHTS = ('_u', '_v', 'weight_u', 'weight_v')   # Buffers of spectral norms
 
 def _buffers(model):
@@ -167,11 +167,12 @@ def clip_step(
                                  'training without noise: take the buffer out, or freeze it in the module')
     return out
 
-# %% ../../nbs/40h_dp.step.ipynb #6b4fb309
+# %% ../../nbs/40h_dp.step.ipynb #f4513ddb
 def _set_grads(cb, grads):
     "`.grad` = (clipped sum + noise) / expected batch size"
     std   = cb.noise_multiplier*cb.max_grad_norm
     add   = lambda sums: cb.noise.add(sums, std, cb.max_grad_norm, by=cb.sampler.bs)
+    grads = {k: g.clone() if g._is_view() else g for k,g in grads.items()}   # Noise is added in place
     noisy = noisy_sum(grads, add)     # On rank 0 only, once
     for n,p in cb.learn.model.named_parameters(): p.grad = noisy[n] if p.requires_grad else None
 
@@ -183,7 +184,7 @@ def _show(cb, out, loss):
     if learn.pred is not pred or learn.loss_grad is not loss:
         raise UnsupportedUnderDP('a callback replaced the prediction or the loss of a clipped batch: remove it')
 
-# %% ../../nbs/40h_dp.step.ipynb #0cbe0b99
+# %% ../../nbs/40h_dp.step.ipynb #746035a4
 class PrivateStep:
     "One private step, in place of `Learner._do_one_batch`"
     def __init__(self,
@@ -216,7 +217,7 @@ def _check_drawn(cb, learn):
         raise UnsupportedUnderDP(f'a batch of {drawn} images has become one of {len(learn.yb[0])}: a patient would '
                                  'count more than once. Take the callback or transform away that adds images')
 
-# %% ../../nbs/40h_dp.step.ipynb #a7abc773
+# %% ../../nbs/40h_dp.step.ipynb #73f286b5
 def check_step(
     *,
     clipping:str,     # 'flat', 'automatic' or 'layer'
