@@ -112,7 +112,8 @@ def _weighted(s, factors, bad=None):
         f = factors[p].to(p.dtype)
         if isinstance(o, torch.Tensor):
             o = o if bad is None else _without(o, bad, s.n)
-            out[p] = (f @ o.flatten(1).to(p.dtype)).view_as(p)
+            out[p] = p.new_empty(p.shape)   # No view, so that it can be a .grad
+            torch.mv(o.flatten(1).to(p.dtype).T, f, out=out[p].view(-1))
         else:
             if bad is not None: o.a,o.g = _without(o.a, bad, s.n),_without(o.g, bad, s.n)
             out[p] = o.total(f)

@@ -88,6 +88,21 @@ def _pixel_gram(a, shape, out, spec):
         total = part.clone(memory_format=torch.contiguous_format) if total is None else total.add_(part)
     return total.view(len(a), math.prod(out), -1)
 
+def _few(t, size):
+    "A term in parts of few images, of which `size` entries each are made: memory does not grow with the batch"
+    step, k = max(1, _PART//size), t.views
+    if step >= t.n: return [t]
+    part = lambda i: (t.a[i*k:(i+step)*k], t.g[i*k:(i+step)*k], min(step, t.n-i))
+    return [ConvTerm(*part(i), shape=t.shape, spec=t.spec, groups=t.groups) for i in range(0,t.n,step)]
+
+def _patch_size(t): return t.a.shape[1]*math.prod(t.shape[2:])*t.views*math.prod(t.g.shape[2:])
+
+_PART = 2**22   # Entries of what is made at a time for patches and products of pixels: 16 MB in float32
+
+def _joined(parts): return tuple(map(torch.cat, zip(*parts)))
+
+def _sizes(a, spec): return [s+2*p for s,p in zip(a.shape[2:], spec['padding'])]
+
 # %% ../../nbs/39_dp.layers.ipynb #9a71fb69
 class ConvTerm:
     "Weight of a convolution: input (rows,C,*), output gradient (rows,O,*)"
@@ -128,37 +143,24 @@ class ConvTerm:
         u = u.reshape(self.n, self.views, self.groups, -1, math.prod(self.g.shape[2:]))
         g = self.g.reshape(self.n, self.views, self.groups, -1, u.shape[-1])
         return [o.permute(0,2,3,1,4).reshape(self.n*self.groups, o.shape[3], -1) for o in (u,g)]
-    def _few(self, size):
-        "The term in parts of few images, of which `size` entries each are made: memory does not grow with the batch"
-        step, k = max(1, _PART//size), self.views
-        if step >= self.n: return [self]
-        part = lambda i: (self.a[i*k:(i+step)*k], self.g[i*k:(i+step)*k], min(step, self.n-i))
-        return [ConvTerm(*part(i), shape=self.shape, spec=self.spec, groups=self.groups) for i in range(0,self.n,step)]
     def _product(self):
         def product(t):
             u,g = t._matrices()
             return torch.bmm(g, u.transpose(1,2)).view(t.n, *t.shape)
-        parts = self._few(self._patch_size())
-        return product(self) if len(parts)==1 else torch.cat([product(t) for t in parts])
-    def _patch_size(self): return self.a.shape[1]*math.prod(self.shape[2:])*self.views*math.prod(self.g.shape[2:])
+        return torch.cat([product(t) for t in _few(self, _patch_size(self))])
     def _gram(self):
-        size  = max(self._patch_size(), self.groups*(self.views*math.prod(self.g.shape[2:]))**2)
-        return _joined([_gram_norms(*t._matrices(), t.n) for t in self._few(size)])
+        size  = max(_patch_size(self), self.groups*(self.views*math.prod(self.g.shape[2:]))**2)
+        return _joined([_gram_norms(*t._matrices(), t.n) for t in _few(self, size)])
     def _pixels(self):
         def norms(t):
             g = t.g.flatten(2)
             return _from_grams(_pixel_gram(t.a, t.shape, t.g.shape[2:], t.spec), g.transpose(1,2)@g, t.n)
-        return _joined([norms(t) for t in self._few(math.prod(_sizes(self.a, self.spec))**2)])
+        return _joined([norms(t) for t in _few(self, math.prod(_sizes(self.a, self.spec))**2)])
     def total(self, c):
         c = c.repeat_interleave(self.views).view(-1, *[1]*(self.g.dim()-1))
         return _conv_weight_grad(self.a, self.g*c, self.shape, self.spec, self.groups)
     def bias(self): return self.out.flatten(2).sum(2).view(self.n, self.views, -1).sum(1)
 
-_PART = 2**22   # Entries of what is made at a time for patches and products of pixels: 16 MB in float32
-
-def _joined(parts): return tuple(map(torch.cat, zip(*parts)))
-
-def _sizes(a, spec): return [s+2*p for s,p in zip(a.shape[2:], spec['padding'])]
 
 # %% ../../nbs/39_dp.layers.ipynb #f40f9fa3
 class AffineTerm:
