@@ -145,9 +145,6 @@ def _check_train(records, epsilons, unit, precision):
     if any(not 0 < e < np.inf for e in epsilons):
         raise ConfigError(f'epsilons must be positive numbers, got {epsilons}')
     check_precision(precision)
-    if epsilons and precision != 'fp32':
-        raise ConfigError(f'precision {precision} is for training without privacy only; leave epsilons empty '
-                          f'(--epsilon none), or use fp32')
     if epsilons: check_unit(records, unit)
 
 # %% ../nbs/64b_classify.ipynb #2f59d834
@@ -172,7 +169,7 @@ def train_stage(
     draws:int=1,                      # Releases of each image, with an obfuscator
     n_boot:int=1000,                  # Resamples of patients
     progress:bool=False,              # Show fastai's progress tables
-    precision:str='fp32',             # or 'bf16', without privacy
+    precision:str='fp32',             # or 'bf16', of all networks
     fits:Fits=None,                   # Keeps states and results; None: nothing is kept
 ) -> pd.DataFrame:                    # Metrics by condition and label
     "Train a classifier without and with differential privacy; write their terms, predictions and metrics"
@@ -187,7 +184,7 @@ def train_stage(
         return Fitted(_scored(run, records, learn, plain(), 'public'))
     def batch(): return private_bs or min(128, max(1, len(set(plain().train_patients))//5))
     noisy = LazyLoaders(lambda: records_dls(records, bs=batch(), **load))
-    how   = dict(max_grad_norm=max_grad_norm, delta=delta, unit=unit)
+    how   = dict(max_grad_norm=max_grad_norm, delta=delta, unit=unit, precision=precision)
     def private(name, eps):
         safe, cbs = _kept_private(run, fits, 'ledger.jsonl' if name == 'private' else f'ledger_{eps:g}.jsonl', eps)
         learn = _fitted(noisy(), epochs=private_epochs, progress=progress, cbs=cbs,

@@ -6,7 +6,7 @@
 __all__ = ['medprivacy_demo', 'medprivacy_preset', 'medprivacy_obfuscate', 'medprivacy_attack', 'medprivacy_train',
            'medprivacy_evaluate', 'medprivacy_report']
 
-# %% ../nbs/70_cli.ipynb #b3433d9f
+# %% ../nbs/70_cli.ipynb #fdc42472
 import sys
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .study import (attack_stage, demo_stages, headline, obfuscate_stage, pictur
                               utility_stage)
 from .systems import PRESETS, preset_config
 
-# %% ../nbs/70_cli.ipynb #7796273a
+# %% ../nbs/70_cli.ipynb #13f5c413
 _DEMO = dict(obfuscate=dict(epochs=32), attack=dict(epochs=8, draws=4), utility=dict(epochs=16, draws=4),
              train=dict(epochs=12, private_epochs=12))
 _SMALL = dict(obfuscate=dict(epochs=2, bs=16), attack=dict(epochs=1, draws=2, bs=16),
@@ -57,7 +57,7 @@ def medprivacy_demo(
     show_table(demo_stages(run, **_demo_plan(small, seed, device, size), n_boot=boot))
     print(f'report: {report(run)}')
 
-# %% ../nbs/70_cli.ipynb #115a88ff
+# %% ../nbs/70_cli.ipynb #40af8bf6
 @call_parse
 @one_line_errors
 @delegates(data_args, but=['n_patients', 'modality'])
@@ -92,7 +92,7 @@ def _preset_list():
     w = max(map(len, PRESETS))
     return '\n'.join(f'{n:<{w}}  {p.about}' for n,p in PRESETS.items())
 
-# %% ../nbs/70_cli.ipynb #90b4bdce
+# %% ../nbs/70_cli.ipynb #022b4154
 def _train_options(kwargs):
     "Take the options of a training out of the options of the data, and check them"
     o = {k: kwargs.pop(k, d) for k,d in dict(precision='fp32', every=100, wandb='off', wandb_images=False).items()}
@@ -108,7 +108,7 @@ def _begin(run, name, settings, o, records):
     add_config(run, name, settings)
     return study_fits(run, o['every'], o['wandb'], o['wandb_images'], settings, records)
 
-# %% ../nbs/70_cli.ipynb #396ca759
+# %% ../nbs/70_cli.ipynb #55b82678
 @call_parse
 @one_line_errors
 @delegates(train_args)
@@ -143,7 +143,7 @@ def medprivacy_obfuscate(
         picture_stage(run, recs, obf, one['size'])
     print(f'obfuscator: {run.path/"model"}')
 
-# %% ../nbs/70_cli.ipynb #d0e95c7e
+# %% ../nbs/70_cli.ipynb #ab03fbd4
 @call_parse
 @one_line_errors
 @delegates(train_args)
@@ -180,7 +180,7 @@ def medprivacy_attack(
         utility_stage(run, recs, obf, settings=dict(kw, epochs=utility_epochs), n_boot=n_boot, fits=fits)
     show_table(table[['condition', 'model', 'auroc', 'leakage', 'lo', 'hi', 'n', 'n_patients']].round(3))
 
-# %% ../nbs/70_cli.ipynb #bfdcf8cf
+# %% ../nbs/70_cli.ipynb #dc730be9
 @call_parse
 @one_line_errors
 @delegates(train_args)
@@ -206,9 +206,6 @@ def medprivacy_train(
     start_ranks()    # Under torchrun
     device, o = str(pick_device(device)), _train_options(kwargs)
     eps = () if epsilon == 'none' else check_epsilons(epsilon)
-    if eps and o['precision'] != 'fp32':
-        raise ConfigError(f"--precision {o['precision']} is for training without privacy; add --epsilon none, or use "
-                          f"fp32")
     check_settings(delta=delta, max_grad_norm=max_grad_norm, unit=unit, arch=arch, epochs=epochs,
                    private_epochs=private_epochs, private_bs=private_bs, bs=bs, lr=lr, n_boot=n_boot, size=size,
                    seed=seed)
@@ -224,7 +221,7 @@ def medprivacy_train(
     show_table(use.loc[use.label == 'macro', ['condition', 'auroc', 'auroc_lo', 'auroc_hi', 'n',
                                               'n_patients']].round(3))
 
-# %% ../nbs/70_cli.ipynb #7e988e8d
+# %% ../nbs/70_cli.ipynb #e918e642
 def _one_model(file, model):
     "Predictions of a file, or of one model in it"
     preds = load_predictions(file)

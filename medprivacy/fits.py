@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mechanism_fact', 'changed', 'LazyLoaders', 'Fitted', 'Fits']
 
-# %% ../nbs/24_fits.ipynb #e0e94d37
+# %% ../nbs/24_fits.ipynb #c65abeb6
 import hashlib, json, shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from .core import CheckpointError, ConfigError, atomic_write
 from .data.core import Predictions, load_predictions, save_predictions
 from .log import wandb_run
 
-# %% ../nbs/24_fits.ipynb #47952751
+# %% ../nbs/24_fits.ipynb #6e1cbc88
 def mechanism_fact(
     mechanism:object=None,    # An obfuscator, any other function of images, or None
 ) -> str:                     # Kind and hash of settings and weights; None for None
@@ -45,7 +45,7 @@ def changed(
     diff = [k for k in sorted(new.keys()|old.keys()) if new.get(k) != old.get(k)]
     return '; '.join(f'{k}: {old.get(k, "none")} then, {new.get(k, "none")} now' for k in diff[:6])
 
-# %% ../nbs/24_fits.ipynb #ac0be408
+# %% ../nbs/24_fits.ipynb #2d0d7c22
 class LazyLoaders:
     "Loaders made at the first call, in the order of batches that the fits read back before had left"
     def __init__(self,
@@ -61,7 +61,7 @@ class LazyLoaders:
         "The random states of the loaders, as JSON can hold them"
         return self.order if self.made is None else [dl.rng.getstate() for dl in self.made.loaders]
 
-# %% ../nbs/24_fits.ipynb #31c3121d
+# %% ../nbs/24_fits.ipynb #e9788756
 @dataclass(frozen=True)
 class Fitted:
     "What is kept of a training: predictions, and numbers beside them"
@@ -98,7 +98,7 @@ class Fits:
         "The fits of one part of the study"
         return Fits(self.folder, self.every, self.log, f'{self.name}{name}-', {**self.facts, **facts})
 
-# %% ../nbs/24_fits.ipynb #8b3e9a70
+# %% ../nbs/24_fits.ipynb #dcb10634
 @contextmanager
 def _training(self:Fits, name:str, private:bool=False):
     "The arguments of a trainer, within a context"
@@ -130,7 +130,7 @@ def _finish(self:Fits, name:str, more:dict=None, **facts) -> None:
     if parent.is_dir() and not any(parent.iterdir()): parent.rmdir()
 Fits.training, Fits.finished, Fits.finish = _training, _finished, _finish
 
-# %% ../nbs/24_fits.ipynb #d8c39bd4
+# %% ../nbs/24_fits.ipynb #2ef12f44
 def _read_back(fits, name, kept):
     preds = load_predictions(fits._file(name, '.parquet'), tuple(kept['labels']), kept['task'])
     curve = None if kept['curve'] is None else pd.DataFrame(kept['curve'])

@@ -7,7 +7,7 @@ __all__ = ['one_line_errors', 'split_items', 'enough_epochs', 'show_table', 'dat
            'open_study', 'size_and_seed', 'stage_settings', 'stored_obfuscator', 'log_settings', 'check_log',
            'study_fits']
 
-# %% ../nbs/69_options.ipynb #b740a5a9
+# %% ../nbs/69_options.ipynb #7fb331bb
 import functools, inspect, os, re, shutil, sys, tomllib
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from .inputs import check_data, check_unit
 from .obfuscate import Obfuscator
 from .settings import check_settings, read_options
 
-# %% ../nbs/69_options.ipynb #e48d6000
+# %% ../nbs/69_options.ipynb #c4e0f4a9
 def one_line_errors(
     f:object,      # A command
 ) -> object:       # The same; an error on purpose is one line on stderr and exit code 2
@@ -57,7 +57,7 @@ def show_table(
     "Print a table between empty lines"
     print('\n' + df.to_string(index=False) + '\n')
 
-# %% ../nbs/69_options.ipynb #e89f7abf
+# %% ../nbs/69_options.ipynb #4b68a9d5
 def data_args(
     dataset:str=None,               # A set with a reader, e.g. nih_cxr14 or brset; needs --root
     options:str=None,               # Arguments of that reader, e.g. uncertain=ones,missing=drop
@@ -90,7 +90,7 @@ def train_args(
 ) -> None:
     "How a training command runs"
 
-# %% ../nbs/69_options.ipynb #1a5e1b71
+# %% ../nbs/69_options.ipynb #1ded05a0
 def _known(dataset, csv, root, labels, options, **more):
     "A set that has a reader"
     if csv is not None: raise ConfigError('--dataset and --csv exclude each other: a known set has its own table')
@@ -124,7 +124,7 @@ def data_section(
     cols = dict(cols, folder=o['folder'] or '', ext=o['ext'] or '')
     return dict(cols, phantom=False, csv=csv, root=str(root), labels=split_items(o['labels']), name=root.name, **one)
 
-# %% ../nbs/69_options.ipynb #27eaa55b
+# %% ../nbs/69_options.ipynb #53c2892e
 _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')    # as `atomic_write` names them
 
 def _tidy(folder):
@@ -154,7 +154,7 @@ def _go_on(out, attribute, given):
     _tidy(run.path)
     return run
 
-# %% ../nbs/69_options.ipynb #6ca9f940
+# %% ../nbs/69_options.ipynb #c51364dc
 @contextmanager
 def open_study(
     out:str|Path,            # Run folder
@@ -178,11 +178,12 @@ def open_study(
     run = open_run(out, dict(data=section, attribute=attribute or 'sex'), overwrite=overwrite)
     try: yield run
     except MedPrivacyError:
-        if set(run.record) <= {'data', 'split'} and not (run.path/'checkpoints').exists():
+        kept = [*run.path.glob('ledger*'), *run.path.glob('checkpoints'), *run.path.glob('predictions')]
+        if set(run.record) <= {'data', 'split'} and not kept:    # a ledger is never removed
             shutil.rmtree(run.path)
         raise
 
-# %% ../nbs/69_options.ipynb #f5c7da2c
+# %% ../nbs/69_options.ipynb #508a2fbf
 def size_and_seed(
     run:Run,          # An open run
     size:int=None,    # None: that of the data
@@ -213,7 +214,7 @@ def stored_obfuscator(
         raise CheckpointError(f'the obfuscator of {run.path} is not finished; run medprivacy_obfuscate --resume first')
     return Obfuscator.load(run.path/'model') if (run.path/'model').exists() else None
 
-# %% ../nbs/69_options.ipynb #920ae9b3
+# %% ../nbs/69_options.ipynb #27de26e9
 def log_settings(
     mode:str='off',          # 'off', 'offline' or 'online'
     images:bool=False,       # Of phantoms

@@ -13,7 +13,7 @@ from medprivacy.data.phantom import make_phantom
 from medprivacy.evaluate import choose_thresholds
 from medprivacy.rank import fake_predictions
 
-COMMANDS = ['demo', 'obfuscate', 'attack', 'train', 'evaluate', 'report']
+COMMANDS = ['demo', 'preset', 'obfuscate', 'attack', 'train', 'evaluate', 'report']
 BIN = Path(sys.executable).parent
 
 
@@ -80,7 +80,8 @@ def test_help(command):
     shown = dict(re.findall(r'^  (?:-\w, )?(--\w+)(?: [A-Z_]+)?\s+(\S.*)$', text, re.M))
     assert len(options) >= 1 and {o for o in options if len(shown.get(o, '').split('(default')[0].strip()) < 5} == set()
     usage = set(re.findall(r'--\w+', text.split('options:')[0])); assert usage <= {*shown, '--help'}
-    if command in ('demo', 'obfuscate', 'attack', 'train'): assert {'--seed', '--device', '--out', '--overwrite'} <= usage
+    if command in ('demo', 'preset', 'obfuscate', 'attack', 'train'): assert {'--seed', '--device', '--out', '--overwrite'} <= usage
+    if command in ('preset', 'obfuscate', 'attack', 'train'): assert {'--resume', '--every', '--wandb', '--csv', '--dataset'} <= usage
 
 
 @pytest.fixture
@@ -132,7 +133,12 @@ def test_error_in_a_process(table, tmp_path):
 @pytest.mark.parametrize('command,args,words', [
     ('attack', dict(csv='gone.csv', labels='y'), 'gone.csv'), ('attack', dict(csv='gone.csv'), '--labels'), ('attack', dict(resume=True), 'no run folder'),
     ('train', dict(device='tpu9'), 'tpu9'), ('evaluate', {}, '--predictions'), ('evaluate', dict(predictions='gone.csv'), 'gone.csv'),
-    ('report', dict(run='gone'), 'gone'), ('demo', dict(device='tpu9'), 'tpu9'), ('demo', dict(modality='mri'), '--modality'),
+    ('report', dict(run='gone'), 'gone'), ('preset', dict(name='retina'), 'retinal_viewmaker'), ('preset', dict(name='downstream', config='gone.toml'), 'gone.toml'),
+    ('preset', dict(name='downstream', csv='gone.csv'), '--labels'), ('preset', dict(name='downstream', labels='a'), '--csv'), ('preset', dict(name='downstream', wandb='on'), '--wandb'),
+    ('preset', dict(name='downstream', resume=True, overwrite=True), 'choose one'), ('preset', dict(name='downstream', device='tpu9'), 'tpu9'),
+    ('obfuscate', dict(precision='fp16'), '--precision'), ('attack', dict(every=0), '--every'), ('obfuscate', dict(wandb='on'), '--wandb'), ('attack', dict(wandb_images=True), '--wandb_images'),
+    ('attack', dict(wandb_images=True, wandb='offline', csv='gone.csv', labels='y'), 'phantoms only'), ('train', dict(precision='fp16'), '--precision'), ('attack', dict(root='x'), '--csv'),
+    ('attack', dict(resume=True, overwrite=True), 'choose one'), ('train', dict(out='/proc/run'), '/proc/run'), ('demo', dict(device='tpu9'), 'tpu9'), ('demo', dict(modality='mri'), '--modality'),
     ('obfuscate', dict(maker='gan'), '--maker'), ('obfuscate', dict(attack='gan'), '--attack'), ('obfuscate', dict(epochs=0), '--epochs'),
     ('obfuscate', dict(attribute='race'), '--attribute'), ('obfuscate', dict(budget=.1, maker='bottleneck'), '--budget'), ('obfuscate', dict(size=4), '--size'),
     ('attack', dict(archs='resnet19'), 'resnet18'), ('attack', dict(draws=0), '--draws'), ('attack', dict(archs=','), '--archs'),
@@ -232,3 +238,44 @@ def test_evaluate_says_what_is_weak(tool, tmp_path, capsys):
     cli.medprivacy_evaluate(predictions=file, out=str(tmp_path/'out'), n_boot=10); said = capsys.readouterr().out
     assert 'no probabilities' in said and 'both validation and test' in said and 'no probabilities' in (tmp_path/'out'/'report.html').read_text()
     assert not (tmp_path/'out'/'tables'/'gaps.csv').exists() and not (tmp_path/'out'/'tables'/'calibration.csv').exists()
+
+
+def test_preset_lists_the_systems(capsys):
+    "Without a name: one line each, nothing written"
+    cli.medprivacy_preset(name=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 6 and all(re.fullmatch(r'[a-z_]+  +\S.*', l) for l in lines) and any(l.startswith('chest_viewmaker ') for l in lines)
+
+
+def test_preset_runs_on_a_table(table, tmp_path, capsys):
+    "A small run on a CSV, with a changed setting; a second call on the finished folder goes through, other settings are named"
+    kw = dict(out=str(tmp_path/'run'), csv=str(table), folder='images', ext='.png', labels='effusion', small=True, device='cpu')
+    (tmp_path/'my.toml').write_text('seed = 3\n')
+    with pytest.raises(SystemExit): cli.medprivacy_preset(name='simclr_expert', **{**kw, 'csv': 'gone.csv'})
+    assert 'gone.csv' in capsys.readouterr().err and not (tmp_path/'run').exists()
+    cli.medprivacy_preset(name='simclr_expert', config=str(tmp_path/'my.toml'), **kw)
+    assert (tmp_path/'run'/'report.html').exists() and tomllib.loads((tmp_path/'run'/'config.toml').read_text())['seed'] == 3
+    cli.medprivacy_preset(name='simclr_expert', config=str(tmp_path/'my.toml'), resume=True, **kw); capsys.readouterr()
+    for more, words in ((dict(config=str(tmp_path/'my.toml')), 'exists already'), (dict(resume=True, seed=4), 'seed')):
+        with pytest.raises(SystemExit): cli.medprivacy_preset(name='simclr_expert', **more, **kw)
+        assert words in capsys.readouterr().err
+
+
+def test_nothing_half_written(table, tmp_path, capsys):
+    "An error that only the split shows (no age at all) leaves no folder; a set without patients cannot promise them privacy"
+    df = pd.read_csv(table); df['age'] = None; df.to_csv(table, index=False)
+    kw = dict(csv=str(table), folder='images', ext='.png', labels='effusion', device='cpu', out=str(tmp_path/'run'))
+    with pytest.raises(SystemExit): cli.medprivacy_obfuscate(attribute='age>median', epochs=1, **kw)
+    assert 'age' in capsys.readouterr().err and not (tmp_path/'run').exists()
+    with pytest.raises(SystemExit): cli.medprivacy_train(patient='', **kw)
+    assert '--unit image' in capsys.readouterr().err and not (tmp_path/'run').exists()
+
+
+def test_folders_that_cannot_be_gone_on_with(tmp_path, capsys):
+    "No config.toml, a damaged one, a run of another command"
+    for text, words in ((None, 'no config.toml'), ('seed = ', 'cannot be read'), ('[data]\nphantom = false\nname = "x"\n', 'names no images')):
+        d = tmp_path/words.replace(' ', '_'); d.mkdir(); (d/'mine.txt').write_text('kept')
+        if text is not None: (d/'config.toml').write_text(text)
+        with pytest.raises(SystemExit) as e: cli.medprivacy_attack(out=str(d), resume=True, device='cpu')
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and re.fullmatch(r'error: [^\n]*\n', err) and {f.name for f in d.iterdir()} <= {'mine.txt', 'config.toml'}

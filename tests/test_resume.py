@@ -136,7 +136,7 @@ def test_finished_runs_are_read_back(run, whole):
     ('obfuscate', [*GAME, '--epochs', '4'], 'epochs: 2 then, 4 now'), ('obfuscate', [*GAME, '--precision', 'bf16'], 'precision: fp32 then, bf16 now'),
     ('obfuscate', [*GAME, '--n_patients', '41'], 'n_patients: 40 then, 41 now'), ('attack', [*PANEL, '--patience', '2'], 'patience: none then, 2 now'),
     ('attack', [*PANEL, '--attribute', 'age>median'], "is about 'sex'"), ('attack', [*PANEL, '--csv', 'other.csv', '--labels', 'a'], 'other data'),
-    ('attack', [*PANEL, '--overwrite'], 'choose one'), ('train', ['--precision', 'bf16'], '--epsilon none'), ('train', ['--wandb', 'on'], '--wandb'),
+    ('attack', [*PANEL, '--overwrite'], 'choose one'), ('train', ['--precision', 'fp16'], '--precision'), ('train', ['--wandb', 'on'], '--wandb'),
     ('train', ['--wandb_images'], '--wandb_images needs'), ('obfuscate', [*GAME, '--every', '0'], '--every')])
 def test_other_settings_are_named(run, whole, command, args, words):
     "One line, exit code 2, the run untouched"
@@ -169,6 +169,7 @@ def test_train_keeps_what_is_done(run, tmp_path):
     assert len(logs) == 1 and b'valid_loss' in logs[0].read_bytes()    # of the classifier without privacy alone
     for f in (ref/'wandb').rglob('*'):
         if f.is_file(): assert not [i for i in ids if i.encode() in f.read_bytes()] and f.suffix not in ('.png', '.jpg')
-    solo = ['--epochs', '1', '--bs', '8', '--n_boot', '10', '--device', 'cpu', '--epsilon', 'none', '--precision', 'bf16']
-    assert run('train', '--out', tmp_path/'solo', *DATA, *solo) == 0, run.said()
-    assert 'private.epsilon' not in (tmp_path/'solo'/'summary.json').read_text()
+    for eps in ('none', '8'):
+        solo = ['--epochs', '1', '--private_epochs', '1', '--bs', '8', '--private_bs', '4', '--n_boot', '10', '--device', 'cpu', '--epsilon', eps, '--precision', 'bf16']
+        assert run('train', '--out', tmp_path/eps, *DATA, *solo) == 0, run.said()
+        assert ('private.epsilon' in (tmp_path/eps/'summary.json').read_text()) == (eps == '8')
