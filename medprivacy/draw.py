@@ -182,9 +182,12 @@ def tidy(
     return table
 
 def sizes_text(
-    rows:pd.DataFrame,    # Rows of one mark: n, n_patients, as far as known
+    rows:pd.DataFrame,    # Rows of these marks: n, n_patients, as far as known
 ) -> str:                 # `\nn = 240\n(120 patients)`
-    "Write the sample that a mark rests on; at half width its patients alone"
-    n, p = (rows[c].max() if c in rows else np.nan for c in ('n', 'n_patients'))
-    if is_half() and p == p: return f'\n{p:.0f} patients'    # the unit of every interval
-    return ''.join([f'\nn = {n:.0f}' if n == n else '', f'\n({p:.0f} patients)' if p == p else ''])
+    "Write the samples that the marks at one place rest on, the smallest to the largest; at half width patients alone"
+    def span(c):
+        ends = dict.fromkeys([rows[c].min(), rows[c].max()]) if c in rows else []
+        return '' if any(v != v for v in ends) else '–'.join(f'{v:.0f}' for v in ends)
+    n, p = span('n'), span('n_patients')
+    if is_half() and p: return f'\n{p} patients'    # the unit of every interval
+    return (f'\nn = {n}' if n else '') + (f'\n({p} patients)' if p else '')

@@ -123,7 +123,8 @@ def privacy_terms(
     "List ε with the terms without which it means nothing, then whatever else is known"
     eps  = spent.get('eps', spent.get('epsilon'))
     rows = [('ε', 'missing' if eps is None else f'{eps:.4g}', 'bound on what one unit can change')]
-    rows += [(name, 'missing' if spent.get(k) is None else str(spent[k]), why) for k,(name,why) in TERMS.items()]
+    told = lambda v: f'{v:.4g}' if isinstance(v, float) else 'missing' if v is None else str(v)
+    rows += [(name, told(spent.get(k)), why) for k,(name,why) in TERMS.items()]
     void = ('NOT PRIVATE', 'ε is void', 'the noise came from a known seed (test mode)')
     if spent.get('private') is False: rows.insert(0, void)
     rest = {k: v for k,v in spent.items() if k not in {'eps', 'epsilon', 'private', *TERMS} and v is not None}

@@ -78,6 +78,9 @@ def test_each_term_of_epsilon(term, name):
     said = utility_findings({'private.disease.auroc': auroc(.8)}, {k: v for k,v in SPENT.items() if k != term})
     assert said[-1].kind == 'warning'
 
+def test_a_delta_is_written_with_few_digits(): assert privacy_terms({**SPENT, 'delta': 1/6000}).value[1] == '0.0001667'
+
+
 def test_zero_epsilon_is_not_missing(): assert privacy_terms({**SPENT, 'eps': 0.}).value[0] == '0'
 def test_test_mode_is_void(): assert 'void' in utility_findings({'private.disease.auroc': auroc(.8)}, {**SPENT, 'private': False})[-1].text
 
