@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['total_epsilon', 'Ledger']
 
-# %% ../../nbs/40b_dp.ledger.ipynb #f7d58b8f
+# %% ../../nbs/40b_dp.ledger.ipynb #448cb399
 import hashlib, json, math, os, secrets, warnings
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from ..core import CheckpointError, ConfigError, atomic_write
 from .account import _ORDERS, PrivacySpent, epsilon
 
-# %% ../../nbs/40b_dp.ledger.ipynb #aa7e296f
+# %% ../../nbs/40b_dp.ledger.ipynb #c5702738
 _SEP = '\x1e'   # Between what a crash left of a line and the record written after it
 
 def _hash(prev, body): return hashlib.sha256((prev+json.dumps(body, sort_keys=True)).encode()).hexdigest()[:32]
@@ -34,7 +34,7 @@ def _parse(text, prev):
     if not isinstance(body, dict) or not isinstance(chain := body.pop('chain', None), str): return None
     return body if text == _line(prev, body) else None
 
-# %% ../../nbs/40b_dp.ledger.ipynb #3802131f
+# %% ../../nbs/40b_dp.ledger.ipynb #54d63d45
 def _scan(path):
     "Records of the file, the hash of each, torn parts at the end, and whether the last line is complete"
     try: *lines, tail = path.read_bytes().decode(errors='replace').split('\n')
@@ -54,7 +54,7 @@ def _scan(path):
     if not records: raise CheckpointError(f'{path}, line 1: the file is empty; restore it from a copy')
     return records, chains, torn, not tail
 
-# %% ../../nbs/40b_dp.ledger.ipynb #c891e197
+# %% ../../nbs/40b_dp.ledger.ipynb #2ce29163
 @lru_cache(maxsize=64)
 def _rdp_step(noise, rate): return compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=_ORDERS)
 
@@ -91,7 +91,7 @@ def total_epsilon(
         return epsilon(1/mu, 1., 1, delta)
     return (_rdp_of if accountant == 'rdp' else _prv_of)(kinds, delta)
 
-# %% ../../nbs/40b_dp.ledger.ipynb #b8d9034c
+# %% ../../nbs/40b_dp.ledger.ipynb #c00e238d
 _ALWAYS = ('unit', 'units', 'rows', 'δ', 'data', 'patients')   # Equal in every training of one ledger
 
 class Ledger:
@@ -147,7 +147,7 @@ class Ledger:
 
 def _add(found, noise, rate, steps): found[noise,rate] = found.get((noise,rate), 0) + steps
 
-# %% ../../nbs/40b_dp.ledger.ipynb #29c127b7
+# %% ../../nbs/40b_dp.ledger.ipynb #ad02b07f
 @patch
 def spent(self:Ledger,
     delta:float=None,        # δ; None: that of the latest training
@@ -164,7 +164,7 @@ def spent(self:Ledger,
                         private=all(r['facts']['private'] for r in self._records if r['kind'] == 'facts'),
                         extra=tuple(r['noise'] for r in self._records if 'query' in r))
 
-# %% ../../nbs/40b_dp.ledger.ipynb #70aeb969
+# %% ../../nbs/40b_dp.ledger.ipynb #2d30b8a7
 def _differences(old, new, only=None):
     old,new = (json.loads(json.dumps(o)) for o in (old,new))
     diff = [k for k in {**old, **new} if old.get(k) != new.get(k) and (only is None or k in only)]
@@ -215,7 +215,7 @@ def begin(self:Ledger,
     except CheckpointError: self.close(); raise
     return self
 
-# %% ../../nbs/40b_dp.ledger.ipynb #d337bff6
+# %% ../../nbs/40b_dp.ledger.ipynb #2350f56a
 @patch
 def _acquire(self:Ledger):
     self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ def close(self:Ledger) -> None:
     if self._file is not None: os.close(self._file); self._file = None
     if self._lock is not None: self._lock.release(force=True); self._lock = None
 
-# %% ../../nbs/40b_dp.ledger.ipynb #459b533e
+# %% ../../nbs/40b_dp.ledger.ipynb #bf7a64ac
 @patch
 def _steps(self:Ledger, noise, rate, steps, **more):
     return dict(kind='steps', steps=int(steps), noise=float(noise), rate=float(rate), **more)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['training_facts', 'plan_noise', 'first_rank']
 
-# %% ../../nbs/40d_dp.plan.ipynb #57e107f7
+# %% ../../nbs/40d_dp.plan.ipynb #5f1dc974
 import hashlib, hmac, json, math, os, secrets
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from .account import noise_multiplier_for
 from .ledger import Ledger, total_epsilon
 from ..train import data_facts
 
-# %% ../../nbs/40d_dp.plan.ipynb #d40d8ca2
+# %% ../../nbs/40d_dp.plan.ipynb #752c2c60
 def _secret(path):
     "Key of the hashes of one ledger"
     file = Path(f'{path}.key')
@@ -67,7 +67,7 @@ def training_facts(
             'target ε': dp.target_epsilon, 'private': not dp._test_mode, 'data': keyed(data and data.encode()),
             'patients': keyed(s.rows.tobytes()+s.counts.tobytes()), **more}
 
-# %% ../../nbs/40d_dp.plan.ipynb #a6b77ee1
+# %% ../../nbs/40d_dp.plan.ipynb #88439cd6
 def _noise_beside(parts, epsilon, rate, steps, delta, accountant):
     "Noise of further steps that brings the total to between 99 and 100 % of `epsilon`"
     def total(noise, how): return total_epsilon({**parts, (noise,rate): parts.get((noise,rate), 0)+steps}, delta, how)
@@ -103,7 +103,7 @@ def plan_noise(
         raise BudgetError(f'{ledger.path} holds {ledger.spent()}: nothing of the target {epsilon} is left')
     return _noise_beside(ledger.parts, epsilon, sample_rate, steps, delta, accountant), ledger.steps+steps
 
-# %% ../../nbs/40d_dp.plan.ipynb #9860e05c
+# %% ../../nbs/40d_dp.plan.ipynb #a7da356d
 def first_rank(
     f:callable,     # Called on rank 0 only
 ) -> object:        # What it returned there, on all ranks

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrivateCheckpointCallback']
 
-# %% ../../nbs/41a_dp.resume.ipynb #6b6f31fb
+# %% ../../nbs/41a_dp.resume.ipynb #5ab195a5
 from fastai.callback.core import CancelEpochException
 from torch import nn
 
@@ -15,7 +15,7 @@ from ..train import (CheckpointCallback, _attributes, _check_facts, _fit_facts, 
                               _set_attributes,
                               _write)
 
-# %% ../../nbs/41a_dp.resume.ipynb #88fe1778
+# %% ../../nbs/41a_dp.resume.ipynb #c1c87df4
 def _others(learn): return {n: cb for n,cb in _kept(learn).items() if n != 'dp'}
 
 def _resume_state(learn):
@@ -44,7 +44,7 @@ def _known(learn):
     if isinstance(learn.dp.pos_weight, str): fit['loss'] = type(learn.loss_func).__name__   # Weights come later
     return {**fit, **learn.dp.ledger.facts}
 
-# %% ../../nbs/41a_dp.resume.ipynb #adebaedb
+# %% ../../nbs/41a_dp.resume.ipynb #a100c774
 class PrivateCheckpointCallback(CheckpointCallback):
     "Store a private fit every so many steps and after the last of an epoch, and go on from it with fresh noise"
     @property
