@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_preset']
 
-# %% ../nbs/66a_presets.ipynb #55eb5c84
+# %% ../nbs/66a_presets.ipynb #8c6a9feb
 import shutil
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .core import (Run, add_record, add_summary, add_table, open_run, pick_devic
                              seed_everything, stage)
 from .data.core import Predictions, concat_predictions, save_predictions
 from .data.load import records_dls
+from .epsilon_curve import private_curve
 from .figures import plot_confusion, plot_pretraining
 from .fits import Fits, Fitted
 from .inputs import check_data, known_sizes, sizes_of, study_records, unit_of
@@ -33,7 +34,7 @@ from .train import checkpoint_cbs
 from .transfer import linear_probe, train_downstream
 from .visualize import contact_sheet, show_views
 
-# %% ../nbs/66a_presets.ipynb #b3d8b4e4
+# %% ../nbs/66a_presets.ipynb #eb364017
 def _how(run, device, progress):
     "Arguments that every training takes"
     c = run.config
@@ -48,7 +49,7 @@ def _records(run):
     add_record(run, 'data', **{**run.record['data'], 'labels': recs.labels})
     return recs
 
-# %% ../nbs/66a_presets.ipynb #3e64297e
+# %% ../nbs/66a_presets.ipynb #537933c8
 def _disease(run, recs, fits, how):
     "A classifier of raw images of the defence, as published; None: it learns with the maker"
     c, d = run.config, run.config['disease']
@@ -88,7 +89,7 @@ def _class_table(run, preds):
     add_summary(run, {f'{r.condition.replace(" ", "_")}.disease.macro_f1': dict(value=r.value, lo=r.lo, hi=r.hi,
                                                                                 n=r.n) for r in f1.itertuples()})
 
-# %% ../nbs/66a_presets.ipynb #28f93979
+# %% ../nbs/66a_presets.ipynb #6d8b2dff
 def _run_viewmaker(run, fits, how):
     recs, c = _records(run), run.config
     obf = _obfuscator(run, recs, fits, how)
@@ -100,7 +101,7 @@ def _run_viewmaker(run, fits, how):
     df = pd.read_parquet(run.path/'predictions'/'disease.parquet')
     _class_table(run, Predictions(df, recs.labels, 'multiclass'))
 
-# %% ../nbs/66a_presets.ipynb #4ab9cf96
+# %% ../nbs/66a_presets.ipynb #099de3fc
 def _write(run, preds, pairs, n_boot):
     "Judge classifiers in pairs; tables, methods and summary"
     save_predictions(preds, run.path/'predictions'/'disease.parquet')
@@ -132,7 +133,7 @@ def _evaluated(run, recs, encoders, how):
     return concat_predictions([linear_probe(recs, e, name=n, run=run.path.name, **kw).preds
                                for n,e in encoders.items()])
 
-# %% ../nbs/66a_presets.ipynb #97757c3b
+# %% ../nbs/66a_presets.ipynb #5673fd80
 def _picture_pretraining(run, recs, maker):
     "The learning curve, and test images with one view each"
     plot_pretraining(read_table_of(run, 'metrics')).figure.savefig(run.figure_path('pretraining'), dpi=150)
@@ -157,7 +158,7 @@ def _run_pretrain(run, fits, how):
         _class_table(run, preds)
     add_record(run, 'linear', fit=c['linear']['fit'], where=c['linear']['where'], conditions=list(both))
 
-# %% ../nbs/66a_presets.ipynb #7804db7e
+# %% ../nbs/66a_presets.ipynb #88e4143d
 def _confusion_rows(name, matrices):
     e, t, p = np.indices(matrices.shape)
     return pd.DataFrame(dict(condition=name, epoch=e.ravel(), truth=t.ravel(), predicted=p.ravel(), n=matrices.ravel()))
@@ -193,8 +194,13 @@ def _run_downstream(run, fits, how):
     both = concat_predictions([p for p,_ in done])
     _write(run, both, [('obfuscated', 'raw')], c['n_boot']); _class_table(run, both)
 
-# %% ../nbs/66a_presets.ipynb #b28adb6d
-_RUNS = dict(viewmaker=_run_viewmaker, pretrain=_run_pretrain, downstream=_run_downstream)
+# %% ../nbs/66a_presets.ipynb #8d465056
+def _run_curve(run, fits, how):
+    c = run.config
+    private_curve(run, study_records(run), **c['curve'], size=c['size'], bs=c['bs'], seed=c['seed'], n_boot=c['n_boot'],
+                  device=how['device'], every=fits.every)
+
+_RUNS = dict(viewmaker=_run_viewmaker, pretrain=_run_pretrain, downstream=_run_downstream, curve=_run_curve)
 
 def run_preset(
     name:str=None,               # One of `PRESETS`; None: as `config` says

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'to_classes', 'check_classes', 'Preset', 'maker_args', 'preset_config']
 
-# %% ../nbs/66_systems.ipynb #79a9639a
+# %% ../nbs/66_systems.ipynb #69c03c8b
 import tomllib
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ import pandas as pd
 
 from .core import ConfigError, DataError
 from .data.core import Records
+from .epsilon_curve import DP_CXR
 from .game import n_outputs
 from .settings import check_settings
 
-# %% ../nbs/66_systems.ipynb #f4980317
+# %% ../nbs/66_systems.ipynb #0e9c263b
 def to_classes(
     records:Records,              # With findings, or with one column of grades or classes
     cuts:tuple=(1,2),             # Of the number of findings: first number of each class but the lowest
@@ -49,7 +50,7 @@ def check_classes(
             raise DataError(f'{records.name}: no training patient of part {part!r} has class {gone}; use more '
                             f'patients or other cuts')
 
-# %% ../nbs/66_systems.ipynb #e700156d
+# %% ../nbs/66_systems.ipynb #61a055be
 _ATTACK = dict(archs=['small_resnet', 'resnet9', 'resnet18'], epochs=20, draws=4, lr=4e-3)
 _FOCAL  = dict(gamma=2., attr_gamma=2., weigh=True, scale=1., detach=True)
 _GAME   = dict(attack='negative', weight=1., use_disease=True, attackers=['resnet200d'], attacker_steps=1,
@@ -73,6 +74,9 @@ _SELF   = dict(_BASE, size=64, bs=64, data=dict(phantom=True, modality='cxr', n_
                              push_only=False, neighbours=1),
                linear=dict(fit='logistic', C=.1, where='pooled'))
 _VIEWS  = dict(distortion_budget=.05, num_res_blocks=3, activation='relu', width=1.)
+_DP     = dict(_BASE, size=64, bs=DP_CXR['bs'], data=dict(phantom=True, modality='cxr', n_patients=4000),
+               curve={k: list(v) if isinstance(v, tuple) else v for k,v in DP_CXR.items() if k != 'bs'} |
+                     dict(head='new', repeats=1, start_args=dict(n_patients=1600, epochs=6, lr=1e-3, bs=64)))
 _EXPERT = dict(crop=.3, jitter=.4, blur=.5, grey=.2, flip=False)
 
 _NARROW = dict(epochs=1, lr=2e-3, attacker_lr=2e-3, attackers=['small_resnet'])
@@ -80,10 +84,12 @@ _TINY   = dict(size=32, bs=16, n_boot=50, data=dict(n_patients=72))
 _QUICK  = dict(_TINY, maker=dict(width=.25), disease=dict(arch='small_resnet', epochs=1, lr=4e-3), game=_NARROW)
 _SMALL  = dict(viewmaker=dict(_QUICK, attack=dict(archs=['small_resnet'], epochs=1, draws=1),
                               utility=dict(epochs=1, draws=1)),
-               pretrain=dict(_TINY, pretrain=dict(epochs=2, dim=16, hidden=16, k=64)),
-               downstream=dict(_QUICK, downstream=dict(arch='resnet18d', epochs=1, draws=1, lr=2e-3)))
+               pretrain=dict(_TINY, pretrain=dict(epochs=2, dim=16, hidden=16, k=64), views=dict(width=.25)),
+               downstream=dict(_QUICK, downstream=dict(arch='resnet18d', epochs=1, draws=1, lr=2e-3)),
+               curve=dict(_TINY, curve=dict(arch='small_resnet', epsilons=[1., 8.], epochs=1, private_epochs=1,
+                                            start_args=dict(n_patients=24, epochs=1, lr=1e-3, bs=16))))
 
-# %% ../nbs/66_systems.ipynb #12b92f67
+# %% ../nbs/66_systems.ipynb #ee839a71
 def _freeze(o):
     if isinstance(o, dict): return MappingProxyType({k: _freeze(v) for k,v in o.items()})
     return tuple(o) if isinstance(o, list) else o
@@ -91,6 +97,10 @@ def _freeze(o):
 def _thaw(o):
     if isinstance(o, MappingProxyType): return {k: _thaw(v) for k,v in o.items()}
     return list(o) if isinstance(o, tuple) else o
+
+def _only(new, known):
+    "What is known of `new`: expert views have no width"
+    return {k: _only(v, known[k]) if isinstance(v, dict) else v for k,v in new.items() if k in known}
 
 def _merge(old, new):
     return {**old, **{k: _merge(old[k], v) if isinstance(old.get(k), dict) and isinstance(v, dict) else v
@@ -100,7 +110,7 @@ def _merge(old, new):
 class Preset:
     "A published system, complete"
     name: str                    # Key in `PRESETS`
-    kind: str                    # 'viewmaker', 'pretrain' or 'downstream'
+    kind: str                    # 'viewmaker', 'pretrain', 'downstream' or 'curve'
     about: str                   # One line
     config: MappingProxyType     # Every setting
 
@@ -109,7 +119,7 @@ class Preset:
     ) -> dict:               # A copy that may be changed
         "All settings of this preset"
         full = dict(preset=self.name, **_thaw(self.config))
-        return _merge(full, deepcopy(_SMALL[self.kind])) if small else full
+        return _merge(full, _only(deepcopy(_SMALL[self.kind]), full)) if small else full
 
 def _preset(name, kind, about, config): return name, Preset(name, kind, about, _freeze(config))
 
@@ -124,9 +134,11 @@ PRESETS = MappingProxyType(dict([
     _preset('simclr_expert', 'pretrain', 'SimCLR with expert augmentations',
             _merge(dict(_SELF, views=_EXPERT), dict(pretrain=dict(views='expert')))),
     _preset('downstream', 'downstream', 'classes from obfuscated images, large encoder, erased patches',
-            dict(_RETINA, downstream=dict(obfuscator='', arch='resnet200d', epochs=20, draws=4, erase=.25, lr=5e-4)))]))
+            dict(_RETINA, downstream=dict(obfuscator='', arch='resnet200d', epochs=20, draws=4, erase=.25, lr=5e-4))),
+    _preset('dp_cxr', 'curve', 'private classifiers from pretrained weights at six ε (size and epochs are ours)',
+            _DP)]))
 
-# %% ../nbs/66_systems.ipynb #56b553b4
+# %% ../nbs/66_systems.ipynb #193b3834
 def maker_args(
     maker:dict,      # Section `maker` of a preset
 ) -> dict:           # Arguments of `Viewmaker`
@@ -135,7 +147,7 @@ def maker_args(
     return dict(a, distortion_budget=a.pop('budget')*float(np.mean(a.pop('budget_std'))),
                 downsample_to=a.pop('downsample_to') or False)
 
-# %% ../nbs/66_systems.ipynb #c1285f8a
+# %% ../nbs/66_systems.ipynb #4bc40be3
 _DATA_KEYS = ('phantom', 'modality', 'n_patients', 'size', 'seed', 'name', 'dataset', 'root', 'labels', 'options',
               'csv', 'folder', 'ext', 'image', 'patient', 'sex', 'age', 'sex_codes', 'unreadable', 'task')
 _FIVE = ['Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Pleural Effusion']
@@ -168,7 +180,7 @@ def _source(cfg, data, five):
     if str(d.get('dataset')).startswith('chexpert') and not labels and five: d['labels'] = _FIVE
     return dict(d, name=d.get('name') or d.get('dataset') or Path(d['root']).name)
 
-# %% ../nbs/66_systems.ipynb #c4243d13
+# %% ../nbs/66_systems.ipynb #17eb4c0a
 def _read_toml(path):
     try: return tomllib.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as e:
