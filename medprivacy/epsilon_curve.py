@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EPSILONS', 'START', 'DP_CXR', 'UNACCOUNTED', 'Job', 'curve_jobs', 'private_curve', 'run_dp_cxr']
 
-# %% ../nbs/65d_epsilon_curve.ipynb #a16ea15d
-import hashlib, json, math, time
+# %% ../nbs/65d_epsilon_curve.ipynb #b42d46e3
+import gc, hashlib, json, math, time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from .report import report
 from .start import OPTIMIZERS, plain_learner, start_weights, started_model, write_weights
 from .train import checkpoint_cbs, data_facts
 
-# %% ../nbs/65d_epsilon_curve.ipynb #80eaf949
+# %% ../nbs/65d_epsilon_curve.ipynb #772108db
 EPSILONS = (.29, .54, 1.06, 2.04, 4.71, 7.89)    # published targets
 
 START = dict(modality=None, n_patients=600, seed=None, epochs=6, lr=5e-4, bs=32)    # phantoms to pretrain on
@@ -39,7 +39,7 @@ START = dict(modality=None, n_patients=600, seed=None, epochs=6, lr=5e-4, bs=32)
 DP_CXR = dict(epsilons=EPSILONS, arch='resnet9', optimizer='nadam', lr=2e-4, max_grad_norm=1.5, bs=128, physical_bs=32,
               delta=6e-6, unit='patient', epochs=10, private_epochs=10, start='phantoms')
 
-# %% ../nbs/65d_epsilon_curve.ipynb #ec0ae56d
+# %% ../nbs/65d_epsilon_curve.ipynb #dfba8c8c
 @dataclass(frozen=True)
 class Job:
     "One model of a curve"
@@ -67,7 +67,7 @@ def curve_jobs(
                                                     for e in eps]
     return out
 
-# %% ../nbs/65d_epsilon_curve.ipynb #de7e0ad7
+# %% ../nbs/65d_epsilon_curve.ipynb #470e62b6
 def _facts(s, dls, start):
     "Everything that a stored job depends on"
     said  = {k: v for k,v in s.items() if k not in ('n_boot', 'device', 'epsilons', 'repeats', 'start', 'start_args',
@@ -99,7 +99,7 @@ def _train_job(run, job, dls, start, s, checkpoint=None, every=100, resume=False
     if job.private: print(f'  {learn.dp.spent}')
     return Fitted(preds, dict(spent=asdict(learn.dp.spent)) if job.private else {})
 
-# %% ../nbs/65d_epsilon_curve.ipynb #370612e4
+# %% ../nbs/65d_epsilon_curve.ipynb #1be83d6d
 def _step_seconds(model, shape, n_out, s):
     "Seconds of one logical batch, without and with privacy, on random pixels"
     n    = min(s['bs'], s['physical_bs'])
@@ -128,7 +128,7 @@ def _plan(fits, jobs, dls, model, s):
           f'\n{plan.to_string(index=False)}\nabout {plan.minutes.sum():.0f} min in all', flush=True)
     return plan
 
-# %% ../nbs/65d_epsilon_curve.ipynb #10da995c
+# %% ../nbs/65d_epsilon_curve.ipynb #9463259b
 UNACCOUNTED = ('the threshold of each label is chosen on validation patients (Youden), outside the budget',)
 _WARNINGS   = ('Each ε is that of one model. Who publishes several of these models spends the sum of their ε and δ; '
                'the '
@@ -159,7 +159,7 @@ def _spent_table(jobs, done):
                          sample_rate=spent.get('sample_rate', np.nan)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/65d_epsilon_curve.ipynb #ab853d24
+# %% ../nbs/65d_epsilon_curve.ipynb #b6a70599
 def _start_row(run, records, dls, file, facts, s):
     "The start judged as it is, where its findings are those of the records"
     if list(facts['labels']) != list(records.labels) and s['head'] != 'kept': return None
@@ -194,7 +194,7 @@ def _write(run, preds, terms, done, facts, s):
                       for r in best.itertuples()} | {'private.epsilon': main['eps'], 'private.delta': main['delta']})
     return table
 
-# %% ../nbs/65d_epsilon_curve.ipynb #54e5c018
+# %% ../nbs/65d_epsilon_curve.ipynb #318ba44b
 def private_curve(
     run:Run,                            # The run
     records:Records,                    # With split; their training patients are protected
@@ -236,13 +236,14 @@ def private_curve(
     for j in jobs:
         with stage(run, f'{j.name}, target ε = {j.target:g}'):
             done[j.name] = fits.predictions(j.file, partial(_train_job, run, j, dls, file, s), private=j.private)
+        gc.collect()    # a learner and its callbacks hold each other, and the engine's buffers
     preds, terms = [done[j.name].preds for j in jobs], _spent_table(jobs, done)
     if (row := _start_row(run, records, dls, file, facts, s)) is not None:
         preds.append(row)
         terms = pd.concat([terms, pd.DataFrame([dict(model='start', condition='start', epsilon=0.)])])
     return _write(run, concat_predictions(preds), terms, done, facts, s)
 
-# %% ../nbs/65d_epsilon_curve.ipynb #62c06769
+# %% ../nbs/65d_epsilon_curve.ipynb #7e8c2978
 def run_dp_cxr(
     run:Run,               # The run
     records:Records,       # With split
