@@ -6,7 +6,7 @@
 __all__ = ['medprivacy_demo', 'medprivacy_preset', 'medprivacy_obfuscate', 'medprivacy_attack', 'medprivacy_train',
            'medprivacy_evaluate', 'medprivacy_report']
 
-# %% ../nbs/70_cli.ipynb #fdc42472
+# %% ../nbs/70_cli.ipynb #9f34b456
 import sys
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from .study import (attack_stage, demo_stages, headline, obfuscate_stage, pictur
                               utility_stage)
 from .systems import PRESETS, preset_config
 
-# %% ../nbs/70_cli.ipynb #13f5c413
+# %% ../nbs/70_cli.ipynb #69af9a94
 _DEMO = dict(obfuscate=dict(epochs=32), attack=dict(epochs=8, draws=4), utility=dict(epochs=16, draws=4),
              train=dict(epochs=12, private_epochs=12))
 _SMALL = dict(obfuscate=dict(epochs=2, bs=16), attack=dict(epochs=1, draws=2, bs=16),
@@ -57,13 +57,12 @@ def medprivacy_demo(
     show_table(demo_stages(run, **_demo_plan(small, seed, device, size), n_boot=boot))
     print(f'report: {report(run)}')
 
-# %% ../nbs/70_cli.ipynb #40af8bf6
+# %% ../nbs/70_cli.ipynb #5e481042
 @call_parse
 @one_line_errors
 @delegates(data_args, but=['n_patients', 'modality'])
 def medprivacy_preset(
-    name:Param('One of the systems; without it and --config they are listed', str, opt=False, nargs='?')=None,
-                      # System
+    name:Param('One of the systems; without a name they are listed', str, opt=False, nargs='?')=None,  # System
     config:str=None,                # TOML file with changed settings, of the form of a run's config.toml
     out:str=None,                   # Run folder; default: runs/ and the name
     small:store_true=False,         # A minute's run on few, small images: shows that all parts work, proves nothing
@@ -92,7 +91,7 @@ def _preset_list():
     w = max(map(len, PRESETS))
     return '\n'.join(f'{n:<{w}}  {p.about}' for n,p in PRESETS.items())
 
-# %% ../nbs/70_cli.ipynb #022b4154
+# %% ../nbs/70_cli.ipynb #dffd3544
 def _train_options(kwargs):
     "Take the options of a training out of the options of the data, and check them"
     o = {k: kwargs.pop(k, d) for k,d in dict(precision='fp32', every=100, wandb='off', wandb_images=False).items()}
@@ -108,7 +107,7 @@ def _begin(run, name, settings, o, records):
     add_config(run, name, settings)
     return study_fits(run, o['every'], o['wandb'], o['wandb_images'], settings, records)
 
-# %% ../nbs/70_cli.ipynb #55b82678
+# %% ../nbs/70_cli.ipynb #75e96e84
 @call_parse
 @one_line_errors
 @delegates(train_args)
@@ -143,7 +142,7 @@ def medprivacy_obfuscate(
         picture_stage(run, recs, obf, one['size'])
     print(f'obfuscator: {run.path/"model"}')
 
-# %% ../nbs/70_cli.ipynb #ab03fbd4
+# %% ../nbs/70_cli.ipynb #45b96e52
 @call_parse
 @one_line_errors
 @delegates(train_args)
@@ -180,7 +179,7 @@ def medprivacy_attack(
         utility_stage(run, recs, obf, settings=dict(kw, epochs=utility_epochs), n_boot=n_boot, fits=fits)
     show_table(table[['condition', 'model', 'auroc', 'leakage', 'lo', 'hi', 'n', 'n_patients']].round(3))
 
-# %% ../nbs/70_cli.ipynb #dc730be9
+# %% ../nbs/70_cli.ipynb #7b01edea
 @call_parse
 @one_line_errors
 @delegates(train_args)
@@ -221,7 +220,7 @@ def medprivacy_train(
     show_table(use.loc[use.label == 'macro', ['condition', 'auroc', 'auroc_lo', 'auroc_hi', 'n',
                                               'n_patients']].round(3))
 
-# %% ../nbs/70_cli.ipynb #e918e642
+# %% ../nbs/70_cli.ipynb #0a561de9
 def _one_model(file, model):
     "Predictions of a file, or of one model in it"
     preds = load_predictions(file)
