@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ENGINES', 'repeat_views', 'exact_products', 'opacus_batch', 'clip_step', 'PrivateStep', 'check_step']
 
-# %% ../../nbs/40h_dp.step.ipynb #122d1d0f
+# %% ../../nbs/40h_dp.step.ipynb #1bd19224
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ from .clip import (CLIPPING, ClippedBatch, _cat, _detach, _factors, _plain, _row
 from .layers import sq_norms
 from .parallel import mean_loss, noisy_sum
 
-# %% ../../nbs/40h_dp.step.ipynb #c36409f9
+# %% ../../nbs/40h_dp.step.ipynb #e990f19d
 def repeat_views(
     fetch:Callable,   # () → batch of the drawn rows, transformed anew at each call
     views:int=1,      # K
@@ -36,7 +37,7 @@ def repeat_views(
             raise ConfigError('views need one input, and targets that transforms leave alone: use views=1')
     return (x, *y)
 
-# %% ../../nbs/40h_dp.step.ipynb #7fc0f1ce
+# %% ../../nbs/40h_dp.step.ipynb #ca7ac8aa
 _KNOBS = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.cuda.matmul,
           torch.backends.cudnn.conv)
 
@@ -63,7 +64,7 @@ def _computing_in(precision, model):
         vars(model).pop('forward', None)
         if own is not None: model.forward = own
 
-# %% ../../nbs/40h_dp.step.ipynb #238b6f97
+# %% ../../nbs/40h_dp.step.ipynb #fa7639a2
 ENGINES = ('book-keeping', 'opacus')
 
 @contextmanager
@@ -88,7 +89,9 @@ def _opacus_piece(model, loss_func, xb, yb, max_grad_norm, clipping):
         try:
             pred   = wrapped(*xb)
             losses = sample_losses(loss_func, pred, yb)
-            losses.sum().backward()
+            with warnings.catch_warnings():
+                warnings.filterwarnings('ignore', 'Full backward hook is firing')   # The image needs no gradient
+                losses.sum().backward()
         except RuntimeError as e:
             raise UnsupportedUnderDP(f"Opacus' hooks fail on this model ({str(e).splitlines()[0]}): use inplace=False "
                                      "in its layers, or engine='book-keeping'") from e
@@ -108,7 +111,7 @@ def _clip_all(each, names, losses, pred, max_grad_norm, clipping):
              g.masked_fill(bad.view(-1, *[1]*(g.dim()-1)), 0.)) for p,g in each.items()}
     return ClippedBatch(sums, norms, losses.detach(), _detach(pred))
 
-# %% ../../nbs/40h_dp.step.ipynb #d26ea880
+# %% ../../nbs/40h_dp.step.ipynb #44e970cc
 def opacus_batch(
     model:nn.Module,          # In the mode it is trained in
     loss_func:Callable,       # loss(pred, *targets) → one number
@@ -132,7 +135,7 @@ def opacus_batch(
         pieces.append((o.norms, o.losses, o.preds))
     return ClippedBatch(sums, *(_cat(list(v)) for v in zip(*pieces)))
 
-# %% ../../nbs/40h_dp.step.ipynb #0f8b15d3
+# %% ../../nbs/40h_dp.step.ipynb #56835cf6
 _OF_WEIGHTS = ('_u', '_v', 'weight_u', 'weight_v')   # Buffers of spectral norms
 
 def _buffers(model):
@@ -167,7 +170,7 @@ def clip_step(
                                  'training without noise: take the buffer out, or freeze it in the module')
     return out
 
-# %% ../../nbs/40h_dp.step.ipynb #f4513ddb
+# %% ../../nbs/40h_dp.step.ipynb #beaac811
 def _set_grads(cb, grads):
     "`.grad` = (clipped sum + noise) / expected batch size"
     std   = cb.noise_multiplier*cb.max_grad_norm
@@ -184,7 +187,7 @@ def _show(cb, out, loss):
     if learn.pred is not pred or learn.loss_grad is not loss:
         raise UnsupportedUnderDP('a callback replaced the prediction or the loss of a clipped batch: remove it')
 
-# %% ../../nbs/40h_dp.step.ipynb #746035a4
+# %% ../../nbs/40h_dp.step.ipynb #da7f16f6
 class PrivateStep:
     "One private step, in place of `Learner._do_one_batch`"
     def __init__(self,
@@ -217,7 +220,7 @@ def _check_drawn(cb, learn):
         raise UnsupportedUnderDP(f'a batch of {drawn} images has become one of {len(learn.yb[0])}: a patient would '
                                  'count more than once. Take the callback or transform away that adds images')
 
-# %% ../../nbs/40h_dp.step.ipynb #73f286b5
+# %% ../../nbs/40h_dp.step.ipynb #bd39da42
 def check_step(
     *,
     clipping:str,     # 'flat', 'automatic' or 'layer'
