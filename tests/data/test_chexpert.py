@@ -238,7 +238,7 @@ def test_patient_in_both_files_is_a_leak(broken):
     i, j = frontal_row(broken), frontal_row(broken, 'valid')
     p = pd.read_csv(broken/'train.csv').Path[i].split('/')[2]
     put(broken/'valid.csv', 'Path', f'CheXpert-v1.0-small/valid/{p}/study1/view1_frontal.jpg', j)
-    with pytest.raises(LeakageError): read_chexpert(broken, missing='keep')
+    with pytest.raises(LeakageError, match="chexpert: 1 patient.s. stand in two values of 'split'"): read_chexpert(broken, missing='keep')
 
 @pytest.mark.parametrize('value', ['-1.0', None], ids=['uncertain', 'blank'])
 def test_valid_csv_has_no_blanks_and_no_uncertain_labels(broken, value):
