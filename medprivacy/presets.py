@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_preset']
 
-# %% ../nbs/66a_presets.ipynb #8c6a9feb
+# %% ../nbs/66a_presets.ipynb #ad7cf3e8
 import shutil
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from .train import checkpoint_cbs
 from .transfer import linear_probe, train_downstream
 from .visualize import contact_sheet, show_views
 
-# %% ../nbs/66a_presets.ipynb #eb364017
+# %% ../nbs/66a_presets.ipynb #a24ccbeb
 def _how(run, device, progress):
     "Arguments that every training takes"
     c = run.config
@@ -49,7 +49,7 @@ def _records(run):
     add_record(run, 'data', **{**run.record['data'], 'labels': recs.labels})
     return recs
 
-# %% ../nbs/66a_presets.ipynb #537933c8
+# %% ../nbs/66a_presets.ipynb #610b271c
 def _disease(run, recs, fits, how):
     "A classifier of raw images of the defence, as published; None: it learns with the maker"
     c, d = run.config, run.config['disease']
@@ -89,7 +89,7 @@ def _class_table(run, preds):
     add_summary(run, {f'{r.condition.replace(" ", "_")}.disease.macro_f1': dict(value=r.value, lo=r.lo, hi=r.hi,
                                                                                 n=r.n) for r in f1.itertuples()})
 
-# %% ../nbs/66a_presets.ipynb #6d8b2dff
+# %% ../nbs/66a_presets.ipynb #8a48842e
 def _run_viewmaker(run, fits, how):
     recs, c = _records(run), run.config
     obf = _obfuscator(run, recs, fits, how)
@@ -101,7 +101,7 @@ def _run_viewmaker(run, fits, how):
     df = pd.read_parquet(run.path/'predictions'/'disease.parquet')
     _class_table(run, Predictions(df, recs.labels, 'multiclass'))
 
-# %% ../nbs/66a_presets.ipynb #099de3fc
+# %% ../nbs/66a_presets.ipynb #ea8ddb4f
 def _write(run, preds, pairs, n_boot):
     "Judge classifiers in pairs; tables, methods and summary"
     save_predictions(preds, run.path/'predictions'/'disease.parquet')
@@ -133,7 +133,7 @@ def _evaluated(run, recs, encoders, how):
     return concat_predictions([linear_probe(recs, e, name=n, run=run.path.name, **kw).preds
                                for n,e in encoders.items()])
 
-# %% ../nbs/66a_presets.ipynb #5673fd80
+# %% ../nbs/66a_presets.ipynb #96752fc8
 def _picture_pretraining(run, recs, maker):
     "The learning curve, and test images with one view each"
     plot_pretraining(read_table_of(run, 'metrics')).figure.savefig(run.figure_path('pretraining'), dpi=150)
@@ -158,7 +158,7 @@ def _run_pretrain(run, fits, how):
         _class_table(run, preds)
     add_record(run, 'linear', fit=c['linear']['fit'], where=c['linear']['where'], conditions=list(both))
 
-# %% ../nbs/66a_presets.ipynb #88e4143d
+# %% ../nbs/66a_presets.ipynb #a433d728
 def _confusion_rows(name, matrices):
     e, t, p = np.indices(matrices.shape)
     return pd.DataFrame(dict(condition=name, epoch=e.ravel(), truth=t.ravel(), predicted=p.ravel(), n=matrices.ravel()))
@@ -194,7 +194,7 @@ def _run_downstream(run, fits, how):
     both = concat_predictions([p for p,_ in done])
     _write(run, both, [('obfuscated', 'raw')], c['n_boot']); _class_table(run, both)
 
-# %% ../nbs/66a_presets.ipynb #8d465056
+# %% ../nbs/66a_presets.ipynb #3b85c8cb
 def _run_curve(run, fits, how):
     c = run.config
     private_curve(run, study_records(run), **c['curve'], size=c['size'], bs=c['bs'], seed=c['seed'], n_boot=c['n_boot'],
