@@ -79,6 +79,7 @@ def _forward(model, xb, samples, rows):
             for name in _FUNCTIONAL.get(model, ()): watch_module(samples.tape, model.get_submodule(name), handles)
             with samples.tape: return model(*xb)
         except NeedsFunctional as e:
+            samples.tape.close()
             _take_over(model, e)
             torch.set_rng_state(state)
         finally:
@@ -177,10 +178,14 @@ def _check_sum(s, whole):
                                      'the layer is used in a way that cannot be followed')
 
 # %% ../../nbs/40a_dp.clip.ipynb #2d65095d
-def _piece(model, loss_func, xb, yb, max_grad_norm, clipping, views, check):
-    "`ClippedBatch` of one physical batch"
-    n = len(yb[0])
-    s = _Samples({p: k for k,p in model.named_parameters() if p.requires_grad}, n)
+def _piece(model, *args):
+    "`ClippedBatch` of one physical batch, after which nothing of its graph is left"
+    s = _Samples({p: k for k,p in model.named_parameters() if p.requires_grad}, len(args[2][0]))
+    try: return _piece_of(s, model, *args)
+    finally: s.tape.close()
+
+def _piece_of(s, model, loss_func, xb, yb, max_grad_norm, clipping, views, check):
+    n = s.n
     with torch.enable_grad():
         pred   = _forward(model, xb, s, n*views)
         losses = sample_losses(loss_func, pred, tuple(y.repeat_interleave(views, 0) for y in yb) if views>1 else yb)

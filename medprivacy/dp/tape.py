@@ -118,7 +118,7 @@ class Use:
         module:SimpleNamespace=None,  # A layer that `torch.func` differentiates
     ):
         self.weight,self.bias,self.input,self.make,self.module = weight,bias,input,make,module
-        self.edge,self.version,self.first = None,None if input is None else input._version,True
+        self.edge,self.hook,self.version,self.first = None,None,None if input is None else input._version,True
 
     def term(self,
         g:torch.Tensor,   # Gradient of the output
@@ -150,6 +150,13 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.off or not torch.is_grad_enabled(): return func(*args, **kwargs)
         return _handle(self, func, args, kwargs)
+
+    def close(self) -> None:
+        "Let go of the graph: its hooks hold the tape and the tape holds it, which Python cannot see"
+        for u in self.uses:
+            u.hook.remove()
+            u.edge = u.input = u.make = u.module = None
+        self.uses.clear(); self.still.clear()
 
 # %% ../../nbs/39a_dp.tape.ipynb #c3121413
 def _tensors(args, kwargs):
@@ -191,7 +198,7 @@ def _watch(tape, out, use, data):
     if not out.requires_grad: return out
     if out._is_view() and use.make is not None and use.input is not None: out = out.clone()
     use.edge,use.first = get_gradient_edge(out),not any(t.requires_grad for t in data)
-    out.register_hook(lambda g: tape.collect(use, g.detach()))
+    use.hook = out.register_hook(lambda g: tape.collect(use, g.detach()))
     tape.uses.append(use)
     tape.taken.update(id(t) for t in (use.weight, use.bias) if t is not None)
     return out

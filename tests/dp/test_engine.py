@@ -1,5 +1,7 @@
 "The engine: every kind of layer, every way to a norm, whole networks, views, against a loop over samples in float64"
+import gc
 import itertools
+import weakref
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,3 +185,22 @@ def test_choices_by_count_when_determinism_is_asked_for(monkeypatch):
     torch.use_deterministic_algorithms(True)
     try: compare(SmallResNet(2, width=8).double(), nn.CrossEntropyLoss(), X[:3], Y[:3], .5)
     finally: torch.use_deterministic_algorithms(False)
+
+class Einsum4(nn.Module):
+    "Pools, then a layer without a rule"
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.randn(4,4))
+    def forward(self, x): return torch.einsum('bi,io->bo', x.mean((2,3)), self.w)
+
+def test_nothing_of_a_step_is_left():
+    "Hooks of the graph hold the tape and the tape holds the graph: unless it is let go, every step stays in memory"
+    def step(model):
+        x, y = torch.randn(6, 1, 16, 16), torch.randint(0, 2, (6,))
+        for check in (True, False): clipped_batch(model, nn.CrossEntropyLoss(), (x,), (y,), 1., physical_bs=3, check=check)
+    def count(): gc.collect(); return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    def net(): return nn.Sequential(nn.Conv2d(1, 4, 3), Gamma(), Std(4, 4, 3), Einsum4(), nn.Linear(4, 2))
+    step(net())                                   # what is kept once: choices of ways
+    before, model = count(), net()
+    gone = weakref.ref(model)
+    for _ in range(3): step(model)
+    del model
+    assert count() <= before and gone() is None
