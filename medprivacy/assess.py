@@ -60,6 +60,7 @@ def _sizes(df, unit):
     df = df.drop_duplicates('image_id')
     return dict(images=len(df), patients=int(df.patient_id.nunique()) if unit == 'patient' else None)
 
+# %% ../nbs/61d_assess.ipynb #b5f181d8
 def _notes(preds, split):
     in_ = {s: set(preds.df.patient_id[preds.df.split == s]) for s in ('valid', split)}
     both = len(in_['valid'] & in_[split])

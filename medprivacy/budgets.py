@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['curve_table']
 
-# %% ../nbs/65c_budgets.ipynb #804a60a1
+# %% ../nbs/65c_budgets.ipynb #504f28e3
 import numpy as np
 import pandas as pd
 
@@ -16,7 +16,7 @@ from .evaluate import auroc, bootstrap_auroc
 from .fairness import groups_of
 from .resample import holm, interval, two_sided_p
 
-# %% ../nbs/65c_budgets.ipynb #b9b61fc5
+# %% ../nbs/65c_budgets.ipynb #2a87c6c0
 def _mean_draws(base, scores, inside, patient, n_boot, seed):
     "Points (R,L+1) of R trainings and draws (n_boot,L+1) of their mean; the last column is the mean over labels"
     y     = np.where(np.asarray(inside)[:,None], base.y, np.nan)
@@ -35,7 +35,8 @@ def _rows(base, place, inside, found, unit, min_size):
     for name,(terms,point,draws) in found.items():
         for l,label in enumerate([*base.labels, 'macro']):
             p, q, d = point[:,l], found['public'][1][:,l], draws[:,l]-found['public'][2][:,l]
-            i = interval(np.nan if few else p.mean(), draws[:,l], note=few or 'one class only', **kw)
+            kw['note'] = few or ('' if np.isfinite(p.mean()) else 'one class only')
+            i = interval(np.nan if few else p.mean(), draws[:,l], **kw)
             j = interval(np.nan if few else p.mean()-q.mean(), d, **kw)
             test = name != 'public' and np.isfinite(j.lo)
             out.append(dict(place, condition=name, **terms, label=label, auroc=i.value, lo=i.lo, hi=i.hi,
@@ -44,7 +45,7 @@ def _rows(base, place, inside, found, unit, min_size):
                             n_patients=pats, note=i.note))
     return out
 
-# %% ../nbs/65c_budgets.ipynb #40a32a16
+# %% ../nbs/65c_budgets.ipynb #262f8adf
 def _groups(df, by):
     "Name of the grouping, name of the group, and who is inside"
     yield 'all', 'all', np.ones(len(df), bool)

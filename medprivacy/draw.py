@@ -143,6 +143,7 @@ def whiskers(
     for end in (lo, hi):
         ax.plot(*((end, at) if flat else (at, end)), '|' if flat else '_', ms=pt(5), mew=pt(1.2), **kw)
 
+# %% ../nbs/59a_draw.ipynb #a7b6c6b7
 def level_line(
     ax:Axes,           # Drawn here
     at:float=.5,       # Chance, or no difference

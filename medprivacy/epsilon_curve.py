@@ -83,6 +83,7 @@ def _private(learn, run, job, epochs, s):
                      ledger=run.path/'ledgers'/f'{job.file}.jsonl')
     learn.add_cb(PrivateCheckpointCallback(run.path/'checkpoints'/f'curve-{job.file}', s['every'], resume=True))
 
+# %% ../nbs/65d_epsilon_curve.ipynb #b76f7436
 def _train_job(run, job, dls, start, s, checkpoint=None, every=100, resume=False, cbs=()):
     "Train one model, store its weights, and say what was spent"
     seed_everything(s['seed']+job.repeat)
@@ -149,6 +150,7 @@ def _check(records, s):
     print(f"a batch of {s['bs']} would be most of {units} {s['unit']}s: {max(1, units//5)} is used")
     return {**s, 'bs': max(1, units//5)}
 
+# %% ../nbs/65d_epsilon_curve.ipynb #3255e168
 def _spent_table(jobs, done):
     rows = []
     for j in jobs:

@@ -53,6 +53,7 @@ def plot_eps_auroc(
     _eps_lines(ax, table, value, terms, 'private').set_ylabel(fold(ax, ylabel, .7))
     return ax
 
+# %% ../nbs/59b_figures.ipynb #15b96d2c
 @styled
 def plot_eps_gap(
     table:pd.DataFrame,     # As `gaps_by_epsilon` returns it: group, epsilon, difference, lo, hi
@@ -131,7 +132,7 @@ def plot_calibration(
     ax.grid(True); legend_above(ax, 2)
     return ax
 
-# %% ../nbs/59b_figures.ipynb #2d2fc13c
+# %% ../nbs/59b_figures.ipynb #2cf4cd12
 @styled
 def plot_confusion(
     table:pd.DataFrame,     # Columns condition, truth, predicted, n

@@ -73,6 +73,7 @@ def attack_findings(
         out.append(_warn('Leakage after obfuscation is not below the interval on raw images: no protection was shown.'))
     return out + _weak_attackers(table, attribute, phantom)
 
+# %% ../nbs/61a_findings.ipynb #7867c873
 def _weak_attackers(table, attribute, phantom):
     out, tried = [], list(dict.fromkeys(table[table.condition == 'obfuscated'].model))
     for m in tried:

@@ -6,7 +6,7 @@
 __all__ = ['TRAINED', 'STRENGTHS', 'Point', 'frontier_plan', 'point_mechanism', 'image_quality', 'Effort', 'run_point',
            'run_frontier', 'frontier_table', 'matched_table', 'group_table']
 
-# %% ../nbs/63_frontier.ipynb #d45428a3
+# %% ../nbs/63_frontier.ipynb #4ed73092
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -33,7 +33,7 @@ from .panel import attack_panel
 from .probe import ProbeLoss, probe_predictions, train_probe
 from .resample import interval
 
-# %% ../nbs/63_frontier.ipynb #d69b304a
+# %% ../nbs/63_frontier.ipynb #20a11366
 _PUBLISHED = dict(maker='viewmaker', attack='negative', archs=('small_resnet',), attacker_steps=1, attackers_first=True)
 TRAINED = {'published': _PUBLISHED, 'frequency': _PUBLISHED, 'confusion': dict(maker='viewmaker', attack='confusion'),
            'bottleneck': dict(maker='bottleneck', attack='confusion')}
@@ -50,6 +50,7 @@ class Point:
     @property
     def name(self): return f'{self.mechanism}-{self.strength:g}-{self.seed}'
 
+# %% ../nbs/63_frontier.ipynb #317905d1
 def frontier_plan(
     mechanisms:tuple=tuple(STRENGTHS),  # Names
     strengths:dict=None,                # Name → strengths; None: `STRENGTHS`
@@ -64,7 +65,7 @@ def frontier_plan(
     points = [Point(m, float(s), k) for m in mechanisms for s in strengths[m] for k in (*seeds, *more.get(m, ()))]
     return [Point('raw', 0., k) for k in sorted({p.seed for p in points})] + points
 
-# %% ../nbs/63_frontier.ipynb #8296d6d3
+# %% ../nbs/63_frontier.ipynb #6c2138c0
 def point_mechanism(
     records:Records,           # With parts; the defence trains what learns
     attribute:str,             # What is hidden
@@ -80,7 +81,7 @@ def point_mechanism(
         return train_obfuscator(records, attribute, maker_args=args, seed=point.seed, **how, **kwargs)
     return train_obfuscator(records, attribute, weight=point.strength, seed=point.seed, **how, **kwargs)
 
-# %% ../nbs/63_frontier.ipynb #7d0af6ad
+# %% ../nbs/63_frontier.ipynb #a918b4f3
 def image_quality(
     mechanism:object,     # (x in [0,1]) → the same shape; None: raw images
     x:torch.Tensor,       # (B,C,H,W) in [0,1]
@@ -93,7 +94,7 @@ def image_quality(
     return dict(mean_change=mean_change(mechanism, x), psnr=float(psnr),
                 ssim=float(structural_similarity_index_measure(y, x, data_range=1.)))
 
-# %% ../nbs/63_frontier.ipynb #c664dfd3
+# %% ../nbs/63_frontier.ipynb #a3a978cf
 def _classifier(records, seed, file, kw):
     "The disease classifier on raw images of the attackers' patients; stored once for each seed"
     probe = train_probe(attack_part(records), seed=seed, name='raw', **kw) if not file.exists() else None
@@ -120,7 +121,7 @@ def _quality(records, attribute, size, mechanism):
     dl = records_dls(records.select(part='attack'), attribute, size, device='cpu').valid
     return image_quality(mechanism, dl.fetch(range(min(128, len(dl.dataset))))[0])
 
-# %% ../nbs/63_frontier.ipynb #2b3d83c4
+# %% ../nbs/63_frontier.ipynb #16d048ba
 @dataclass(frozen=True)
 class Effort:
     "What a point may cost"
@@ -163,7 +164,7 @@ def run_point(
     atomic_write(file, json.dumps(out, indent=1) + '\n')
     return json.loads(file.read_text(encoding='utf-8'))
 
-# %% ../nbs/63_frontier.ipynb #86c1f400
+# %% ../nbs/63_frontier.ipynb #82c880b1
 def run_frontier(
     run:Run,                   # An open run
     records:Records,           # With split and part
@@ -190,7 +191,7 @@ def run_frontier(
     add_table(run, 'points', table)
     return table
 
-# %% ../nbs/63_frontier.ipynb #4aebb98a
+# %% ../nbs/63_frontier.ipynb #a4a05233
 def _draws(y, s, patient, n_boot):
     "Area of every column, and its resamples: rows are resamples"
     return auroc(y, s), bootstrap_auroc(y, s, n_boot, patient, 0)
@@ -206,6 +207,7 @@ def _leak(preds, split, n_boot):
     return max(a[best], 1-a[best]), np.where(np.isfinite(fold), fold,
                                              np.nan), k[best][1], len(p), p.patient_id.nunique()
 
+# %% ../nbs/63_frontier.ipynb #7cb4e8bc
 def _use(preds, model, split, n_boot):
     "AUROC, mean over labels, and its resamples"
     s = scores_of(preds, model=model, split=split)
@@ -223,7 +225,7 @@ def _of_point(run, p, split, n_boot, raw):
     base = raw.get(p.seed, out)['retrained']
     return out | {'loss': tuple(b-o for b,o in zip(base, out['retrained']))}
 
-# %% ../nbs/63_frontier.ipynb #0cb6d8e7
+# %% ../nbs/63_frontier.ipynb #f59a2a9c
 _MEASURES = ('leakage', 'retrained', 'fixed', 'loss')
 
 def frontier_table(
@@ -248,7 +250,7 @@ def frontier_table(
                                **d[['mean_change', 'psnr', 'ssim']].mean().to_dict()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/63_frontier.ipynb #8c44b458
+# %% ../nbs/63_frontier.ipynb #b433ef7e
 def matched_table(
     run:Run,                   # With a table of points
     most_loss:float=.03,       # AUROC that a mechanism may cost, on validation patients
@@ -263,6 +265,7 @@ def matched_table(
     out  = chosen.merge(test, on=['mechanism', 'strength']).sort_values('leakage')
     return pd.concat([test[test.mechanism == 'raw'], out], ignore_index=True)
 
+# %% ../nbs/63_frontier.ipynb #df9671d5
 def group_table(
     run:Run,                      # With a table of points
     mechanism:str,                # Its name

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GALLERIES', 'KINDS', 'identity_pairs', 'PairsDL', 'identity_dls', 'PairNet', 'attack_identity']
 
-# %% ../nbs/35_identity.ipynb #9a90f952
+# %% ../nbs/35_identity.ipynb #a820253f
 import numpy as np
 import pandas as pd
 import torch
@@ -22,7 +22,7 @@ from .objectives.contrast import SimCLRLoss
 from .pretrain import pretrain_dls
 from .probe import ProbeLoss, learning_curve, probe_learner, scores_of_model
 
-# %% ../nbs/35_identity.ipynb #84291aba
+# %% ../nbs/35_identity.ipynb #25816ecd
 def _same_pairs(groups, most, rng):
     "Two rows of one patient"
     out = []
@@ -68,7 +68,7 @@ def identity_pairs(
     pairs = np.concatenate([same, other])
     return pd.DataFrame({'a': pairs[:,0], 'b': pairs[:,1], 'same': np.r_[np.ones(len(same)), np.zeros(len(other))]})
 
-# %% ../nbs/35_identity.ipynb #49ffb150
+# %% ../nbs/35_identity.ipynb #218af13c
 class PairsDL(RecordsDL):
     "Batches of pairs of images"
     def __init__(self,
@@ -99,7 +99,7 @@ class PairsDL(RecordsDL):
             if len(batch) == self.bs: yield self._gather(batch); batch = []
         if batch and not self.drop_last: yield self._gather(batch)
 
-# %% ../nbs/35_identity.ipynb #104bc6d3
+# %% ../nbs/35_identity.ipynb #2b450c80
 GALLERIES = ('same', 'raw')
 
 def identity_dls(
@@ -133,7 +133,7 @@ def identity_dls(
     dls.test = dls.loaders[2]
     return dls
 
-# %% ../nbs/35_identity.ipynb #16975960
+# %% ../nbs/35_identity.ipynb #9581e707
 class PairNet(nn.Module):
     "Log-odds that two images are of one patient"
     def __init__(self,
@@ -152,6 +152,7 @@ class PairNet(nn.Module):
         self.z = z1, z2
         return F.cosine_similarity(z1, z2, dim=1)[:,None]/self.t
 
+# %% ../nbs/35_identity.ipynb #b02b8127
 class _ContrastLoss(ProbeLoss):
     "SimCLR over the pairs of one patient in a training batch; binary cross-entropy to judge"
     def __init__(self, net): super().__init__('binary'); self.net = [net]
@@ -167,7 +168,7 @@ class _Pixels(nn.Module):
         z = x.flatten(2) - x.flatten(2).mean(2, keepdim=True)
         return 4*F.cosine_similarity(z[:,0], z[:,1], dim=1)[:,None]
 
-# %% ../nbs/35_identity.ipynb #c7dfe83a
+# %% ../nbs/35_identity.ipynb #ddd36bc0
 KINDS = ('siamese', 'embedding', 'pixels')
 
 def _pair_predictions(net, dl, loss, name, run):

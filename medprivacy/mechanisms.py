@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MECHANISMS', 'Blur', 'Pixelate', 'Flow', 'make_mechanism']
 
-# %% ../nbs/34_mechanisms.ipynb #7a09687b
+# %% ../nbs/34_mechanisms.ipynb #de8d6933
 import math
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from .attack import GaussianNoise
 from .core import ConfigError
 
-# %% ../nbs/34_mechanisms.ipynb #f4c6815a
+# %% ../nbs/34_mechanisms.ipynb #dc31c0e4
 @dataclass(frozen=True)
 class Blur:
     "Gaussian blur: removes what is fine, keeps what is large"
@@ -32,7 +32,7 @@ class Blur:
         size = min(2*math.ceil(3*sigma) + 1, most)
         return gaussian_blur(x, [size, size], [sigma, sigma]).clamp(0, 1)
 
-# %% ../nbs/34_mechanisms.ipynb #80551430
+# %% ../nbs/34_mechanisms.ipynb #b225a9f4
 @dataclass(frozen=True)
 class Pixelate:
     "Averages over square cells, with Laplace noise (DP-Pix)"
@@ -63,7 +63,7 @@ class Pixelate:
             small = small - scale*u.sign()*torch.log1p(-2*u.abs().clamp_max(.5 - 2**-24))
         return small.clamp(0, 1).repeat_interleave(b, -2).repeat_interleave(b, -1)[..., :hw[0], :hw[1]]
 
-# %% ../nbs/34_mechanisms.ipynb #3f55dd7b
+# %% ../nbs/34_mechanisms.ipynb #f036bc70
 @dataclass(frozen=True)
 class Flow:
     "Random smooth deformation with a longest displacement"
@@ -93,7 +93,7 @@ class Flow:
         grid = base + d.permute(0, 2, 3, 1)
         return F.grid_sample(x, grid.to(x.dtype), padding_mode='border', align_corners=False).clamp(0, 1)
 
-# %% ../nbs/34_mechanisms.ipynb #2b329ed2
+# %% ../nbs/34_mechanisms.ipynb #14639ca3
 MECHANISMS = {'noise': GaussianNoise, 'blur': Blur, 'pixelate': Pixelate, 'flow': Flow}
 
 def make_mechanism(

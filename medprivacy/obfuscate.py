@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Obfuscator', 'train_obfuscator']
 
-# %% ../nbs/30_obfuscate.ipynb #090083f6
+# %% ../nbs/30_obfuscate.ipynb #bf0afbd9
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .models.bottleneck import Bottleneck
 from .models.viewmaker import Viewmaker
 from .train import check_precision, checkpoint_cbs, in_precision
 
-# %% ../nbs/30_obfuscate.ipynb #34507c2b
+# %% ../nbs/30_obfuscate.ipynb #ff95d9da
 _MAKERS = {'viewmaker': Viewmaker, 'bottleneck': Bottleneck}
 
 @dataclass(repr=False)
@@ -47,7 +47,7 @@ class Obfuscator:
         if not len(x): return x
         with torch.no_grad(): return self.maker.to(x.device)(x, generator=generator).clamp(0, 1)
 
-# %% ../nbs/30_obfuscate.ipynb #97d5d4c7
+# %% ../nbs/30_obfuscate.ipynb #41422131
 def _save(self:Obfuscator, folder:str|Path) -> Path:
     "Write `weights.safetensors` and `obfuscator.json` (no pickle, no patient)"
     folder = Path(folder)
@@ -71,7 +71,7 @@ def _load(folder:str|Path) -> Obfuscator:
     return Obfuscator(maker, config)
 Obfuscator.save, Obfuscator.load = _save, staticmethod(_load)
 
-# %% ../nbs/30_obfuscate.ipynb #b2a47840
+# %% ../nbs/30_obfuscate.ipynb #f9bb3522
 _ATTACKED = ('sex', 'age>median')
 
 def _defence(records, attribute, maker, attack):
@@ -103,7 +103,7 @@ def _losses(dls, records, focal):
     hide, keep = focal_losses(attr, y, classes=many, n_classes=n_outputs(records) if many else None, **focal)
     return dict(attr_loss=hide, disease_loss=keep)
 
-# %% ../nbs/30_obfuscate.ipynb #a07d763a
+# %% ../nbs/30_obfuscate.ipynb #75e54323
 def train_obfuscator(
     records:Records,              # With a split; only part 'defence' is used
     attribute:str='sex',          # What to hide: 'sex' or 'age>median'

@@ -7,7 +7,7 @@ __all__ = ['one_line_errors', 'split_items', 'enough_epochs', 'show_table', 'dat
            'open_study', 'size_and_seed', 'stage_settings', 'stored_obfuscator', 'log_settings', 'check_log',
            'study_fits']
 
-# %% ../nbs/69_options.ipynb #7fb331bb
+# %% ../nbs/69_options.ipynb #b76f4790
 import functools, inspect, os, re, shutil, sys, tomllib
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from .inputs import check_data, check_unit
 from .obfuscate import Obfuscator
 from .settings import check_settings, read_options
 
-# %% ../nbs/69_options.ipynb #c4e0f4a9
+# %% ../nbs/69_options.ipynb #f133b5de
 def one_line_errors(
     f:object,      # A command
 ) -> object:       # The same; an error on purpose is one line on stderr and exit code 2
@@ -42,6 +42,7 @@ def split_items(
     "Read a list from a command line"
     return [t.strip() for t in str(text).split(',') if t.strip()]
 
+# %% ../nbs/69_options.ipynb #36d00080
 def enough_epochs(
     records:Records,    # To train on
     bs:int,             # Batch
@@ -57,7 +58,7 @@ def show_table(
     "Print a table between empty lines"
     print('\n' + df.to_string(index=False) + '\n')
 
-# %% ../nbs/69_options.ipynb #4b68a9d5
+# %% ../nbs/69_options.ipynb #cc00fcaa
 def data_args(
     dataset:str=None,               # A set with a reader, e.g. nih_cxr14 or brset; needs --root
     options:str=None,               # Arguments of that reader, e.g. uncertain=ones,missing=drop
@@ -90,7 +91,7 @@ def train_args(
 ) -> None:
     "How a training command runs"
 
-# %% ../nbs/69_options.ipynb #1ded05a0
+# %% ../nbs/69_options.ipynb #2e29a3fa
 def _known(dataset, csv, root, labels, options, **more):
     "A set that has a reader"
     if csv is not None: raise ConfigError('--dataset and --csv exclude each other: a known set has its own table')
@@ -124,7 +125,7 @@ def data_section(
     cols = dict(cols, folder=o['folder'] or '', ext=o['ext'] or '')
     return dict(cols, phantom=False, csv=csv, root=str(root), labels=split_items(o['labels']), name=root.name, **one)
 
-# %% ../nbs/69_options.ipynb #53c2892e
+# %% ../nbs/69_options.ipynb #2ec5a27b
 _TEMPORARY = re.compile(r'\..+\.[a-z0-9_]{8}')    # as `atomic_write` names them
 
 def _tidy(folder):
@@ -154,7 +155,7 @@ def _go_on(out, attribute, given):
     _tidy(run.path)
     return run
 
-# %% ../nbs/69_options.ipynb #c51364dc
+# %% ../nbs/69_options.ipynb #945e605f
 @contextmanager
 def open_study(
     out:str|Path,            # Run folder
@@ -183,7 +184,7 @@ def open_study(
             shutil.rmtree(run.path)
         raise
 
-# %% ../nbs/69_options.ipynb #508a2fbf
+# %% ../nbs/69_options.ipynb #29c88d78
 def size_and_seed(
     run:Run,          # An open run
     size:int=None,    # None: that of the data
@@ -204,6 +205,7 @@ def stage_settings(
         raise ConfigError(f'{run.path} holds a part {name!r} made with other settings ({diff}); use the same ones, or '
                           f'another folder')
 
+# %% ../nbs/69_options.ipynb #e7829102
 def stored_obfuscator(
     run:Run,               # An open run
     folder:str|Path=None,  # Of an obfuscator; None: that of the run
@@ -214,7 +216,7 @@ def stored_obfuscator(
         raise CheckpointError(f'the obfuscator of {run.path} is not finished; run medprivacy_obfuscate --resume first')
     return Obfuscator.load(run.path/'model') if (run.path/'model').exists() else None
 
-# %% ../nbs/69_options.ipynb #27de26e9
+# %% ../nbs/69_options.ipynb #3bf9ab61
 def log_settings(
     mode:str='off',          # 'off', 'offline' or 'online'
     images:bool=False,       # Of phantoms

@@ -6,7 +6,7 @@
 __all__ = ['FEATURE_MODELS', 'NETWORKS', 'image_features', 'feature_attack', 'Inverter', 'Undone', 'train_inverter',
            'camera_control', 'attack_panel', 'attack_effort']
 
-# %% ../nbs/31a_panel.ipynb #915b6bb7
+# %% ../nbs/31a_panel.ipynb #226a895a
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from .data.core import Predictions, Records, concat_predictions, make_prediction
 from .data.load import median_age, records_dls, target_values
 from .probe import probe_predictions, train_probe
 
-# %% ../nbs/31a_panel.ipynb #adc8d3d0
+# %% ../nbs/31a_panel.ipynb #57ff1f79
 def image_features(
     x:torch.Tensor,      # (B,C,H,W) in [0,1]
     *,
@@ -52,7 +52,7 @@ def image_features(
     parts = [hist, (energy + 1e-6).log(), small, lines]
     return torch.cat([p.flatten(1) for p in parts], 1).numpy()
 
-# %% ../nbs/31a_panel.ipynb #1b934dc7
+# %% ../nbs/31a_panel.ipynb #591ff815
 FEATURE_MODELS = ('linear', 'boosted')
 
 def _classical(kind, seed):
@@ -92,7 +92,7 @@ def feature_attack(
             out.append(make_predictions(dl.dataset.records, t, s, (target,), model=kind, run=run))
     return concat_predictions(out)
 
-# %% ../nbs/31a_panel.ipynb #7d1016e9
+# %% ../nbs/31a_panel.ipynb #09c79582
 def _conv(c_in, c_out, stride=1):
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1), nn.GroupNorm(8, c_out), nn.ReLU())
 
@@ -114,7 +114,7 @@ class Inverter(nn.Module):
             z = up(torch.cat([F.interpolate(z, size=skip.shape[-2:]), skip], 1))
         return self.out(z).sigmoid()
 
-# %% ../nbs/31a_panel.ipynb #8dde8c6a
+# %% ../nbs/31a_panel.ipynb #44eb10dc
 class Undone:
     "A mechanism followed by its trained inverter: what an attacker who undoes it looks at"
     def __init__(self,
@@ -135,6 +135,7 @@ class _ReleaseCallback(Callback):
         with torch.no_grad(): self.learn.xb = (self.mechanism(x, self.yb[0].float()),)
         self.learn.yb = (x,)
 
+# %% ../nbs/31a_panel.ipynb #da405f4e
 def train_inverter(
     records:Records,           # Of the attackers
     mechanism:object,          # To be undone
@@ -154,7 +155,7 @@ def train_inverter(
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return Undone(mechanism, learn.model.cpu())
 
-# %% ../nbs/31a_panel.ipynb #d647144b
+# %% ../nbs/31a_panel.ipynb #50f2c456
 _CAMERA = ('device', 'view', 'laterality')
 
 def _camera_columns(records):
@@ -190,7 +191,7 @@ def camera_control(
                                                 model='camera', run=run))
     return concat_predictions(out)
 
-# %% ../nbs/31a_panel.ipynb #268eba44
+# %% ../nbs/31a_panel.ipynb #6c34ab71
 NETWORKS = ('small_resnet', 'resnet9', 'mobilenetv3_small_050')
 
 def _raw_trained(part, dls, attribute, median, kw):
@@ -239,7 +240,7 @@ def _named(preds, name):
     hist = preds.history.assign(model=name) if preds.history is not None else None
     return Predictions(preds.df.assign(model=name), preds.labels, preds.task, hist)
 
-# %% ../nbs/31a_panel.ipynb #fe6ef3f4
+# %% ../nbs/31a_panel.ipynb #d90270aa
 def _share_of(part, share, seed):
     "A share of the training patients; validation and test stay"
     train = np.sort(part.df.patient_id[part.df.split == 'train'].unique())

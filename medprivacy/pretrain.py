@@ -92,6 +92,7 @@ def head_name(
         raise ConfigError(f'{type(model).__name__} has no linear head; use a network that ends in one')
     return names[-1]
 
+# %% ../nbs/32_pretrain.ipynb #ef65b72a
 def create_encoder(
     arch:str='small_resnet',         # See `create_classifier`
     dim:int=128,                     # Length of the embedding
@@ -255,6 +256,7 @@ class Pretrained:
         atomic_write(Path(folder)/'pretrained.json', json.dumps(self.config, indent=1) + '\n')
         return Path(folder)
 
+# %% ../nbs/32_pretrain.ipynb #8e2dc4ee
 def _views(views, args, channels, size):
     if views == 'viewmaker': return Viewmaker(**{'num_channels': channels, 'distortion_budget': .05, **(args or {})})
     if views == 'expert':    return expert_views(size, channels, **(args or {}))

@@ -80,6 +80,7 @@ def _draw_groups(df):
     one = 'macro' if 'macro' in labels else labels[0]    # the table has all of them
     return plot_subgroups(df[df.label == one], xlabel=f'disease AUROC, {"mean of labels" if one == "macro" else one}')
 
+# %% ../nbs/62_report.ipynb #6c341428
 def _draw_roc(df, points):
     return plot_panels(plot_roc, df, points) if 'label' in df else plot_roc(df, points)
 
@@ -186,6 +187,7 @@ def _findings_of(run):
     out += pretrain_findings(run.summary, run.record.get('pretrain', {}))
     return out + utility_findings(run.summary, _json_of(run, 'privacy.json', None))
 
+# %% ../nbs/62_report.ipynb #18a18dcd
 def _summary_part(run):
     keep  = lambda s: s.replace('n = ', 'n\u00a0=\u00a0')    # no line break inside a number
     said  = [Div(Strong(KINDS[f.kind]), Span(keep(f.text)), cls=f'finding {f.kind}') for f in _findings_of(run)]
@@ -224,6 +226,7 @@ def _classes(run):
     return html_table(_merged(df, 'value', 'value [95 % interval]', ['condition', 'metric']),
                       'One class for each image: metrics over all classes')
 
+# %% ../nbs/62_report.ipynb #1c8b770c
 def _calibrated(run):
     df = _table_of(run, 'calibration')
     if df is None: return None

@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'START', 'TellCallback', 'plain_learner', 'weights_file', 'write_weights', 'check_other_patients',
            'start_weights', 'started_model']
 
-# %% ../nbs/65b_start.ipynb #70771d87
+# %% ../nbs/65b_start.ipynb #7e6813bc
 import json, tempfile, time
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from .models.resnet import create_classifier
 from .pretrain import head_name
 from .probe import ProbeLoss
 
-# %% ../nbs/65b_start.ipynb #06709ef2
+# %% ../nbs/65b_start.ipynb #35ff5463
 OPTIMIZERS = dict(nadam=torch.optim.NAdam, adam=torch.optim.Adam, sgd=torch.optim.SGD)
 
 class TellCallback(Callback):
@@ -50,6 +50,7 @@ class TellCallback(Callback):
         left = took/(done-self._clock.epoch)*(self.n_epoch-done)
         print(f'  {self.title}: epoch {done} of {self.n_epoch}, {took:.1f} min, about {left:.1f} min left', flush=True)
 
+# %% ../nbs/65b_start.ipynb #b4954a51
 def plain_learner(
     dls:DataLoaders,           # Of findings
     model:nn.Module,           # Gives (B, outputs)
@@ -62,7 +63,7 @@ def plain_learner(
     return Learner(dls, model, loss_func=ProbeLoss('binary'), opt_func=partial(OptimWrapper, opt=OPTIMIZERS[optimizer]),
                    lr=lr, wd=0., cbs=[TellCallback(title)])
 
-# %% ../nbs/65b_start.ipynb #be3ecea1
+# %% ../nbs/65b_start.ipynb #4ec2609e
 def weights_file(
     path:str|Path,    # A file, or the folder of a run
 ) -> Path:            # The file
@@ -84,7 +85,7 @@ def write_weights(
     "Write the weights of a network, atomically"
     return atomic_write(file, save({k: v.detach().cpu().contiguous() for k,v in model.state_dict().items()}))
 
-# %% ../nbs/65b_start.ipynb #232988ca
+# %% ../nbs/65b_start.ipynb #7599ae7b
 def check_other_patients(
     run:Run,              # The run whose patients are to be protected
     folder:str|Path,      # Where the weights come from
@@ -100,7 +101,7 @@ def check_other_patients(
             raise LeakageError(f'{home.name} was trained on the patients of this run: its weights would void ε; start '
                                'from those of other patients')
 
-# %% ../nbs/65b_start.ipynb #43c0601f
+# %% ../nbs/65b_start.ipynb #9a275054
 START = dict(modality=None, n_patients=1600, seed=None, epochs=6, lr=1e-3,
              bs=64)    # None: as the images; the next seed
 
@@ -130,7 +131,7 @@ def _train_on_phantoms(a, arch, size, channels, optimizer, device, folder):
             f"{len(set(dls.train_patients))} other patients (seed {a['seed']})")
     return dict(said=said, labels=list(recs.labels), settings=a)
 
-# %% ../nbs/65b_start.ipynb #e5d53e63
+# %% ../nbs/65b_start.ipynb #a200d18b
 def start_weights(
     run:Run,                       # The run; phantoms are trained on once, and their weights kept in start/
     start:str|Path,                # 'phantoms', a file of weights, the folder of a run; None: random weights
@@ -160,7 +161,7 @@ def start_weights(
     atomic_write(folder/'start.json', json.dumps(dict(facts, how=how), indent=1) + '\n')
     return folder/'weights.safetensors', dict(facts, how=how)
 
-# %% ../nbs/65b_start.ipynb #8ae844a6
+# %% ../nbs/65b_start.ipynb #7239b951
 def started_model(
     file:str|Path,       # Weights; None: random
     arch:str,            # See `create_classifier`

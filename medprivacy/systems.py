@@ -166,6 +166,7 @@ def _same_type(v, old):
     if isinstance(old, float): return isinstance(v, (int, float)) and not isinstance(v, bool)
     return type(v) is type(old)
 
+# %% ../nbs/66_systems.ipynb #d26f984b
 def _source(cfg, data, five):
     "Section `data`: given whole, or a phantom's"
     odd = sorted(set(data) - set(_DATA_KEYS))

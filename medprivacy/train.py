@@ -186,6 +186,7 @@ def _packable(o):
     except _Opaque: return False
     return True
 
+# %% ../nbs/22a_train.ipynb #b2df96ab
 def _attributes(cb, learn):
     found = {}
     for k,v in vars(cb).items():
@@ -322,6 +323,7 @@ def _in_bf16(forward):
         return to_float(out)
     return wrapped
 
+# %% ../nbs/22a_train.ipynb #797426f3
 @contextmanager
 def in_precision(
     precision:str,    # 'fp32' (nothing is done) or 'bf16'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pair_weights', 'verification_ci', 'verification_table']
 
-# %% ../nbs/50f_verification.ipynb #e9f0db7c
+# %% ../nbs/50f_verification.ipynb #5dcd5110
 import numpy as np
 import pandas as pd
 
@@ -14,7 +14,7 @@ from .data.core import Predictions
 from .rank import blocks_auroc, roc_blocks
 from .resample import Interval, Units, interval, resample_counts, units_of
 
-# %% ../nbs/50f_verification.ipynb #1b810f0d
+# %% ../nbs/50f_verification.ipynb #5a1e3b93
 def pair_weights(
     a:np.ndarray,       # (n,) number of the first patient, 0…m-1
     b:np.ndarray,       # (n,) number of the second one; equal to `a` for a pair of one patient
@@ -23,7 +23,7 @@ def pair_weights(
     "How often each pair occurs in a resample of patients"
     return counts[a] * np.where((a == b)[:,None], 1., counts[b])
 
-# %% ../nbs/50f_verification.ipynb #7ead09bf
+# %% ../nbs/50f_verification.ipynb #6c9f9aad
 def _fold(v): return np.maximum(v, 1-v)
 
 def verification_ci(
@@ -54,7 +54,7 @@ def verification_ci(
     note   = '' if value == value else 'only one kind of pair'
     return interval(_fold(value), _fold(np.concatenate(draws)), n=m, unit=unit, level=level, note=note)
 
-# %% ../nbs/50f_verification.ipynb #0e351a87
+# %% ../nbs/50f_verification.ipynb #a0b7e124
 def verification_table(
     preds:Predictions,      # Of `identity.attack_identity`: one row per pair and attacker
     *,

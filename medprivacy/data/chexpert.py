@@ -67,6 +67,7 @@ def has_soft(
     "Check the policies before any file is read, and say whether one of them is soft"
     return any(isinstance(p, Soft) for p in _policies(labels, uncertain, blank).values())
 
+# %% ../../nbs/04_data.chexpert.ipynb #3d005bdf
 def uncertain_labels(
     table:pd.DataFrame,           # Label columns as read (text or numbers): 1, 0, -1 or blank
     uncertain:object='ignore',    # 'ignore', 'zeros', 'ones', `soft(lo, hi)`, or a dictionary label → one of these
@@ -170,6 +171,7 @@ _CODE_COUNTS = {'No Finding': (22381, 0, 0, 201033), 'Cardiomegaly': (27000, 111
                 'Edema': (52246, 20726, 12984, 137458), 'Consolidation': (14783, 28097, 27742, 152792),
                 'Atelectasis': (33376, 1328, 33739, 154971), 'Pleural Effusion': (86187, 35396, 11628, 90203)}
 
+# %% ../../nbs/04_data.chexpert.ipynb #701f0179
 def _home(root):
     "The folder with the two tables"
     root  = need_parts(root, name='chexpert', access=_ACCESS)

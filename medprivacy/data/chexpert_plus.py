@@ -42,6 +42,7 @@ def _read_lines(path, labels):
     if len(twice): raise DataError(f'{path}: {len(twice)} image(s) have several lines, e.g. {twice[0]!r}; keep one')
     return t
 
+# %% ../../nbs/04a_data.chexpert_plus.ipynb #2ec1dbe1
 def section_labels(
     path:str|Path,                # A file of `chexbert_labels`
     images:pd.Series,             # `path_to_image` of each row

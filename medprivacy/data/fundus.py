@@ -32,6 +32,7 @@ def _arcade(rng, up, height, width, level):
         out  += [(p, np.zeros_like(p), w, v) for p,w,v in twig]
     return out
 
+# %% ../../nbs/01d_data.fundus.ipynb #8fc259e4
 def fundus_body(
     rng:np.random.Generator,    # Source of the draw
 ) -> dict:                      # z (32,), coarse, fine: grids, vessels: points, winding, width, level, lesions (120,4)

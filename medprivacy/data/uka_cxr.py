@@ -73,6 +73,7 @@ def _age(df):
     if days.isna().any(): print(f'{_NAME}: {int(days.isna().sum())} row(s) lack a date: their age is that of the table')
     return (days/365.25).clip(whole, whole+.999).fillna(as_numbers(df.age, 'age'))    # a birthday completes a year
 
+# %% ../../nbs/06_data.uka_cxr.ipynb #9b234bbe
 def _sex(df):
     "M, F or None"
     text   = as_text(df.patient_sex).str.upper()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCOUNTANTS', 'PrivacySpent', 'epsilon', 'epsilon_bounds', 'noise_multiplier_for']
 
-# %% ../../nbs/40_dp.account.ipynb #dd6dddf4
+# %% ../../nbs/40_dp.account.ipynb #24d32e8b
 import math, warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from opacus.accountants.analysis.prv import (DiscretePRV, Domain, PoissonSubsamp
 from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from ..core import ConfigError
 
-# %% ../../nbs/40_dp.account.ipynb #ccaf9562
+# %% ../../nbs/40_dp.account.ipynb #c4192d62
 @dataclass(frozen=True, repr=False)
 class PrivacySpent:
     "ε together with everything it depends on"
@@ -50,7 +50,7 @@ class PrivacySpent:
         void = '' if self.private else 'NOT PRIVATE (test mode, noise from a known seed): '
         return f'{void}ε = {self.eps:.4g} at δ = {self.delta:.3g} ({", ".join(how)})'
 
-# %% ../../nbs/40_dp.account.ipynb #1f1225f3
+# %% ../../nbs/40_dp.account.ipynb #9f28cc83
 def _gaussian_eps(mu, delta):
     "ε of a Gaussian mechanism with sensitivity over noise `mu`"
     if mu == 0: return 0.
@@ -62,7 +62,7 @@ def _gaussian_eps(mu, delta):
     hi = mu*mu/2 + mu*math.sqrt(2*math.log(1/delta)) + 1
     return brentq(excess, 0, hi, xtol=1e-12, rtol=1e-12)*(1+1e-9)
 
-# %% ../../nbs/40_dp.account.ipynb #eb814235
+# %% ../../nbs/40_dp.account.ipynb #4a2e7353
 @dataclass(frozen=True)
 class _Pair:
     "Outcomes of a step with a unit (`p`) and without (`q`): mixtures ((weight, centre), …), p/q rising along the line"
@@ -101,7 +101,7 @@ def _fine(pair): return pair.table(16, 2**19)[:2]
 def _poisson(noise, rate): return _Pair(noise, ((1-rate, 0.), (rate, 1.)))
 def _gaussian_query(mu): return _Pair(1., ((1., mu),))
 
-# %% ../../nbs/40_dp.account.ipynb #b55699d1
+# %% ../../nbs/40_dp.account.ipynb #da023bf8
 def _half_width(loss, logp, steps, mu, tail):
     "L: a sum of `steps` losses, with the query `mu` or without, or one alone, leaves [-L,L] with chance < `tail`"
     def bound(sign):
@@ -115,7 +115,7 @@ def _half_width(loss, logp, steps, mu, tail):
         return best
     return max(bound(1), bound(-1))
 
-# %% ../../nbs/40_dp.account.ipynb #c420378b
+# %% ../../nbs/40_dp.account.ipynb #2cd059bb
 def _discrete(pair, dom, mean):
     "The loss of `pair` on a mesh, with its true mean"
     rate  = pair.p[-1][0]
@@ -152,7 +152,7 @@ def _prv_bounds(pair, steps, mu, delta, rel=.003, max_points=2**22):
     except (RuntimeError, ValueError): return None   # δ below what floating point resolves
     return None if math.isnan(lo) or math.isnan(hi) else (max(float(lo), 0.), max(float(hi), 0.))
 
-# %% ../../nbs/40_dp.account.ipynb #a80f92fc
+# %% ../../nbs/40_dp.account.ipynb #fb4d2c2e
 ACCOUNTANTS = ('prv', 'rdp', 'gdp')
 _ORDERS = sorted({1+x/10 for x in range(1,100)} | set(range(11,65)) |
                  {72,80,96,112,128,160,192,256,320,384,512,640,768,1024})
@@ -181,7 +181,7 @@ def _query_mu(extra):
     if not all(o >= 0 for o in extra): raise ConfigError(f'extra must be noise multipliers, 0 or more, got {extra}')
     return math.inf if 0 in extra else math.sqrt(sum(o**-2 for o in extra))
 
-# %% ../../nbs/40_dp.account.ipynb #11de6322
+# %% ../../nbs/40_dp.account.ipynb #f34430fe
 def _bounds(noise, rate, steps, delta, accountant, extra):
     "Lower and upper bound of ε: closed forms where there are some, else the accountant"
     _check_steps(noise, rate, steps, delta, accountant)
@@ -219,7 +219,7 @@ def epsilon_bounds(
     "The stated error of `epsilon` (accountant 'prv')"
     return _bounds(noise_multiplier, sample_rate, steps, delta, 'prv', extra)
 
-# %% ../../nbs/40_dp.account.ipynb #54ece473
+# %% ../../nbs/40_dp.account.ipynb #e6241b1f
 def noise_multiplier_for(
     epsilon:float,            # Target ε, above 0
     *,

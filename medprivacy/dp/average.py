@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMACallback']
 
-# %% ../../nbs/41b_dp.average.ipynb #ea915429
+# %% ../../nbs/41b_dp.average.ipynb #e834e849
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..core import ConfigError
 from .callback import DPCallback
 
-# %% ../../nbs/41b_dp.average.ipynb #b64564d0
+# %% ../../nbs/41b_dp.average.ipynb #35ad410d
 class EMACallback(Callback):
     "Keep the moving average of the weights; reached as `learn.ema`"
     order = DPCallback.order+1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare', 'calibrate', 'spent_so_far', 'open_ledger', 'plan_fit', 'charge', 'rank_facts', 'weigh_labels']
 
-# %% ../../nbs/40j_dp.budget.ipynb #d5705638
+# %% ../../nbs/40j_dp.budget.ipynb #e1d70a24
 import hashlib
 
 import numpy as np
@@ -20,7 +20,7 @@ from .parallel import ranks
 from .plan import first_rank, plan_noise, training_facts
 from .sample import PoissonSampler, loader_bs, train_rows
 
-# %% ../../nbs/40j_dp.budget.ipynb #3d35dd10
+# %% ../../nbs/40j_dp.budget.ipynb #23d0b2fa
 def prepare(
     cb:object,          # `DPCallback`
     dls:DataLoaders,    # With the training loader
@@ -74,7 +74,7 @@ def spent_so_far(
                         steps=cb.steps_taken, sample_rate=cb.rate, noise_multiplier=cb._noise,
                         private=not cb._test_mode, extra=cb._extra)
 
-# %% ../../nbs/40j_dp.budget.ipynb #5354c154
+# %% ../../nbs/40j_dp.budget.ipynb #19b04a6e
 def open_ledger(
     cb:object,     # `DPCallback`, calibrated
 ) -> None:
@@ -122,7 +122,7 @@ def rank_facts(
              'noise_multiplier', 'clipping', 'views', 'precision')
     return {**{k: getattr(cb, k) for k in names}, 'patients': rows, 'epochs': cb.learn.n_epoch}
 
-# %% ../../nbs/40j_dp.budget.ipynb #506f5b3b
+# %% ../../nbs/40j_dp.budget.ipynb #9a28e27f
 def _loss_with_weights(loss):
     for o in (loss, getattr(loss, 'func', None)):
         if hasattr(o, 'pos_weight'): return o
@@ -143,6 +143,7 @@ def _ask_counts(cb):
     source = NoiseSource(secure=True, seed=cb._seed)
     return private_class_counts(_targets(cb._train_dl.dataset), cb._ids, noise_multiplier=cb.count_noise, source=source)
 
+# %% ../../nbs/40j_dp.budget.ipynb #c48ac89b
 def weigh_labels(
     cb:object,     # `DPCallback` of a learner that is about to fit
 ) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DPCallback']
 
-# %% ../../nbs/41_dp.callback.ipynb #a4be0536
+# %% ../../nbs/41_dp.callback.ipynb #5ff25163
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from .sample import PoissonDL, fetch_rows
 from .step import PrivateStep, repeat_views
 from .units import BothUnits, both_units
 
-# %% ../../nbs/41_dp.callback.ipynb #c92ccff1
+# %% ../../nbs/41_dp.callback.ipynb #db6cc288
 class DPCallback(Sealed, Callback):
     "Settings, steps and noise of private training; added by `Learner.to_private`, reached as `learn.dp`"
     order = Recorder.order+1   # After Recorder has made its columns, before the progress bar is drawn
@@ -94,7 +94,7 @@ class DPCallback(Sealed, Callback):
 
 DPCallback.__init__.__delwrap__ = DPSettings   # Whose written __init__ has no source: `show_doc` needs the class
 
-# %% ../../nbs/41_dp.callback.ipynb #a7406465
+# %% ../../nbs/41_dp.callback.ipynb #8efd3a25
 def _note(cb, *queries): cb._unaccounted.extend(q for q in dict.fromkeys(queries) if q not in cb._unaccounted)
 
 def _guard(cb):
@@ -109,6 +109,7 @@ def _guard(cb):
     cb._checked = False
     cb.learn._do_one_batch = PrivateStep(cb, charge)
 
+# %% ../../nbs/41_dp.callback.ipynb #9934fa4c
 def _start_pass(cb):
     "Let the epoch draw Poisson batches, no more than the budget has left"
     start,cb.start = cb.start,0
@@ -126,7 +127,7 @@ def _add_column(cb):
     names.insert(len(names)-(names[-1]=='time'), 'epsilon')
     cb.recorder.metric_names = L(names)
 
-# %% ../../nbs/41_dp.callback.ipynb #034999d9
+# %% ../../nbs/41_dp.callback.ipynb #596b4f20
 def _convert(learn):
     "Replace layers that mix patients, saying so"
     try: return check_model(learn.model)

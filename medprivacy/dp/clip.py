@@ -105,6 +105,7 @@ def _without(t, bad, n):
     if not t.is_floating_point(): return t
     return t.masked_fill(bad.repeat_interleave(len(t)//n).view(-1, *[1]*(t.dim()-1)), 0.)
 
+# %% ../../nbs/40a_dp.clip.ipynb #3be6cc1f
 @torch.no_grad()
 def _weighted(s, factors, bad=None):
     "Sum of each parameter's gradients, weighted"

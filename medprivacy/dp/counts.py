@@ -6,7 +6,7 @@
 __all__ = ['contributions', 'PrivateCounts', 'private_class_counts', 'pos_weight_from', 'CountsBudget', 'count_noise_for',
            'budget_for_counts']
 
-# %% ../../nbs/40g_dp.counts.ipynb #5d8d2cd8
+# %% ../../nbs/40g_dp.counts.ipynb #b999c43d
 import math
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from ..data.core import Records
 from .account import epsilon, noise_multiplier_for
 from .noise import NoiseSource
 
-# %% ../../nbs/40g_dp.counts.ipynb #a3036553
+# %% ../../nbs/40g_dp.counts.ipynb #ee4c2f24
 def _labels(y):
     "Labels as float (n,L), 0 to 1 or NaN"
     if isinstance(y, Records): y = y.df[list(y.labels)]
@@ -45,7 +45,7 @@ def contributions(
     np.add.at(total, codes, v)
     return total/np.maximum(np.bincount(codes), 1)[:,None]
 
-# %% ../../nbs/40g_dp.counts.ipynb #8102efcb
+# %% ../../nbs/40g_dp.counts.ipynb #e666c35f
 @dataclass(frozen=True, repr=False)
 class PrivateCounts:
     "Noisy counts of the labels, and their terms"
@@ -64,6 +64,7 @@ class PrivateCounts:
         show = lambda o: ', '.join(f'{v:.0f}' for v in o)
         return f'{void}{self.unit}s with the label {show(self.pos)}; without {show(self.neg)} (each ± {self.std:.1f})'
 
+# %% ../../nbs/40g_dp.counts.ipynb #8985c3fb
 def private_class_counts(
     y:np.ndarray,              # (n,) or (n,L) labels of the training images, NaN for unknown; or their `Records`
     patients:np.ndarray=None,  # (n,) patient of each image; None: those of `Records`, else each image is a unit
@@ -83,7 +84,7 @@ def private_class_counts(
     return PrivateCounts(total[:n], total[n:], float(noise_multiplier), 'image' if patients is None else 'patient',
                          private=noise_multiplier > 0 and source.seed is None)
 
-# %% ../../nbs/40g_dp.counts.ipynb #98814112
+# %% ../../nbs/40g_dp.counts.ipynb #3d4a9a35
 def pos_weight_from(
     counts:PrivateCounts,      # Noisy counts
     limits:tuple=(.05, 20.),   # Smallest and largest weight
@@ -94,7 +95,7 @@ def pos_weight_from(
     few = max(counts.std, 1.)
     return np.clip(np.maximum(counts.neg, few)/np.maximum(counts.pos, few), lo, hi)
 
-# %% ../../nbs/40g_dp.counts.ipynb #6759ca07
+# %% ../../nbs/40g_dp.counts.ipynb #9d0b3be8
 @dataclass(frozen=True)
 class CountsBudget:
     "Noise of counts and of training that together meet a target"
@@ -114,6 +115,7 @@ def count_noise_for(
     if not 0 < share < 1: raise ConfigError(f'share must be above 0 and below 1, got {share}')
     return noise_multiplier_for(share*target_epsilon, sample_rate=1., steps=1, delta=delta, accountant=accountant)
 
+# %% ../../nbs/40g_dp.counts.ipynb #0751f23f
 def budget_for_counts(
     target_epsilon:float,     # ε of the whole run
     share:float=.05,          # Part of it that the counts alone would cost, in (0,1)

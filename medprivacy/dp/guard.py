@@ -6,7 +6,7 @@
 __all__ = ['DPSettings', 'Sealed', 'write', 'fingerprint', 'check_home', 'remember', 'check_callbacks', 'unaccounted_queries',
            'reads_training_rows']
 
-# %% ../../nbs/40i_dp.guard.ipynb #1d9c6177
+# %% ../../nbs/40i_dp.guard.ipynb #4468c2e7
 import hashlib, weakref
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .account import ACCOUNTANTS
 from .sample import PoissonSampler, loader_bs, train_rows
 from .step import check_step
 
-# %% ../../nbs/40i_dp.guard.ipynb #c35d22e5
+# %% ../../nbs/40i_dp.guard.ipynb #d686617a
 def _check_numbers(s):
     positive = dict(target_epsilon=s.target_epsilon, max_grad_norm=s.max_grad_norm, physical_bs=s.physical_bs,
                     epochs=s.epochs, count_noise=s.count_noise)
@@ -71,7 +71,7 @@ class DPSettings:
         if not private and self.count_noise is not None:
             raise ConfigError("count_noise is for pos_weight='private'")
 
-# %% ../../nbs/40i_dp.guard.ipynb #2dace7df
+# %% ../../nbs/40i_dp.guard.ipynb #fe2edc5b
 class Sealed:
     "Attributes named in `terms` cannot be assigned or deleted once `_sealed` is set"
     terms = ()
@@ -90,7 +90,7 @@ def write(
     "Change terms from within"
     vars(sealed).update(terms)
 
-# %% ../../nbs/40i_dp.guard.ipynb #a5c766a7
+# %% ../../nbs/40i_dp.guard.ipynb #451628be
 def fingerprint(
     sampler:PoissonSampler,   # Draws the units
 ) -> str:                     # Equal for equal units, rows and batch size
@@ -131,7 +131,7 @@ def remember(
     ds = cb._train_dl.dataset
     write(cb, _home=home, _dataset=lambda: ds, _fingerprint=fingerprint(cb.sampler))
 
-# %% ../../nbs/40i_dp.guard.ipynb #6f862e96
+# %% ../../nbs/40i_dp.guard.ipynb #d11a721a
 _CONFLICTS = [
     (LRFinder, BudgetError,
      'lr_find would train on the private images, and spend budget: search on a public learner with other images'),
@@ -154,7 +154,7 @@ def check_callbacks(
         raise UnsupportedUnderDP('DistributedTrainer and ParallelTrainer average gradients before they are clipped: '
                                  'leave them out, and call dp.parallel.start_ranks() at the top of the script')
 
-# %% ../../nbs/40i_dp.guard.ipynb #9cb91608
+# %% ../../nbs/40i_dp.guard.ipynb #de6c5995
 def unaccounted_queries(
     learn:Learner,   # With its callbacks
 ) -> list:           # One line for each query

@@ -73,6 +73,7 @@ def _prv_of(kinds, delta):
     except (RuntimeError, ValueError): return rdp
     return min(float(found), rdp) if found >= 0 else rdp
 
+# %% ../../nbs/40b_dp.ledger.ipynb #132a3f76
 def total_epsilon(
     parts:dict,             # {(σ, rate): steps}
     delta:float,            # δ, in (0,1)

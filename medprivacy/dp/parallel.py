@@ -50,7 +50,7 @@ def _send(t):
     if where is not t: t.copy_(where)
     return t
 
-# %% ../../nbs/40f_dp.parallel.ipynb #819c9495
+# %% ../../nbs/40f_dp.parallel.ipynb #580f0d8b
 def rank_folder(
     out:str|Path,      # Run folder that was asked for
     *,

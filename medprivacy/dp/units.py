@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['patient_pair', 'image_pair', 'other_epsilon', 'BothUnits', 'both_units']
 
-# %% ../../nbs/40j_dp.units.ipynb #78f571eb
+# %% ../../nbs/40j_dp.units.ipynb #fd1e51ba
 import math
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from scipy.stats import binom
 from ..core import ConfigError
 from .account import _Pair, _gaussian_eps, _poisson, _prv_bounds, _query_mu, PrivacySpent, epsilon
 
-# %% ../../nbs/40j_dp.units.ipynb #5c1a51cb
+# %% ../../nbs/40j_dp.units.ipynb #a486a86a
 def _mix(weights, centres): return tuple((float(w),float(c)) for w,c in zip(weights, centres) if w > 0)
 
 def patient_pair(
@@ -37,7 +37,7 @@ def image_pair(
     if n == 1: return _Pair(noise, _mix((1-q, q), (0, 1)))
     return _Pair(noise, _mix((1-q, q*(n-1)/n, q/n), (0, -1, 1)), _mix((1-q, q), (0, -1)))
 
-# %% ../../nbs/40j_dp.units.ipynb #780859bc
+# %% ../../nbs/40j_dp.units.ipynb #e3254a47
 def _pair_eps(pair, steps, mu, delta, apart):
     "Upper bound of ε of `steps` steps of `pair` and a Gaussian query"
     if steps == 0 or mu == math.inf: return _gaussian_eps(mu, delta)
@@ -75,7 +75,7 @@ def _range(images):
         raise ConfigError('images must be whole numbers, 1 or more: the images of each patient, or (fewest, most)')
     return int(images.min()), int(images.max())
 
-# %% ../../nbs/40j_dp.units.ipynb #de124928
+# %% ../../nbs/40j_dp.units.ipynb #5f984406
 @dataclass(frozen=True, repr=False)
 class BothUnits:
     "ε of one run for a patient and for an image, at the same δ"
