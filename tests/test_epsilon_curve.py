@@ -84,12 +84,12 @@ def test_a_killed_run_gives_the_remaining_epsilons_only(tmp_path, capsys):
     recs = tiny_records(36, size=32, root=tmp_path/'images')
     recs = split_patients(recs, (.5, .25, .25), stratify='sex', seed=0)
     run  = open_run(tmp_path/'run', DATA)
-    args = [sys.executable, '-c', KILLED, str(run.path), str(tmp_path/'images'), repr(SMALL)]
+    args = [sys.executable, '-c', KILLED, str(run.path), str(tmp_path/'images'), repr({**SMALL, 'every': 1})]
     got  = subprocess.run(args, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert got.returncode == -signal.SIGKILL, got.stderr
     assert {f.stem for f in (run.path/'model').iterdir()} == {'public', 'eps_8'}
     before = (run.path/'model'/'eps_8.safetensors').read_bytes()
-    table  = private_curve(run, recs, **{**DP_CXR, **SMALL})
+    table  = private_curve(run, recs, **{**DP_CXR, **SMALL, 'every': 1})
     out    = capsys.readouterr().out
     assert out.count('stored already') == 2 and 'private ε=1: epoch 1 of 1' in out and 'pretraining' not in out
     assert (run.path/'model'/'eps_8.safetensors').read_bytes() == before
@@ -98,7 +98,7 @@ def test_a_killed_run_gives_the_remaining_epsilons_only(tmp_path, capsys):
 
 def test_repeats_are_one_condition(tmp_path):
     run   = open_run(tmp_path/'run', DATA)
-    table = private_curve(run, tiny_records(24, size=32), **{**SMALL, 'epsilons': (8.,), 'start': None, 'repeats': 2})
+    table = private_curve(run, tiny_records(80, size=32), **{**SMALL, 'epsilons': (8.,), 'start': None, 'repeats': 2})
     mean  = table[(table.label == 'macro') & (table['by'] == 'all')].set_index('condition')
     assert mean.index.tolist() == ['public', 'private'] and (mean.trainings == 2).all() and (mean.spread >= 0).all()
 

@@ -99,8 +99,11 @@ def plan_fit(
         if isinstance(cb.pos_weight, str): write(cb, _weighted=True)
         return weigh_labels(cb)
     if cb.max_steps is not None and cb.steps_left <= 0:
+        why = ('give epochs= to to_private to plan for more than the first fit' if cb.ledger is None else
+               f'{cb.ledger.path} holds them. A training that was killed before its first state has spent its budget '
+               'for nothing: store states more often (every=), and begin in another folder, where both are paid for')
         raise BudgetError(f'the budget is spent: {cb.spent}. The target was ε = {cb.target_epsilon} for {cb.max_steps} '
-                          'steps; give epochs= to to_private to plan for more than the first fit')
+                          f'steps; {why}')
     weigh_labels(cb)
     if cb.max_steps is not None and want > cb.steps_left:
         print(f'The private budget has {cb.steps_left} of these {want} steps left: training stops there.')
