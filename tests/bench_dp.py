@@ -3,12 +3,11 @@
 One line per point: point, ratio, goal, ok|short, tab-separated; medians of interleaved repeats of one run. Nothing is asked of the other engines
 (goal -). A step is forward, loss and clipped sum. A logical step is 4 physical batches of 32, one noise and one step of NAdam, made of what the
 training loop is made of (`clipped_batch`, `NoiseSource`); its normal form adds up the gradients of the same 4 batches. A bfloat16 step is compared with a
-normal one in float32, and only where the gradients that are added up are seen to be no longer than C. Memory is the peak of a fresh process above what it had before the
+normal one in float32, and only where the gradients that are added up are seen to be no longer than C. Memory (Linux) is the peak of a fresh process above what it had before the
 first step. Repeats: 7; slow engines make fewer when the time of their point is up, which is said in their line.
 A bench is no test and exits 0; it is for a machine that does nothing else. Run: python tests/bench_dp.py [words that a point must contain]
 """
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -143,11 +142,12 @@ def peak(engine, px, bs):
 
 
 def memory_of_this(engine, px, bs):
-    step = step_of(engine, px, bs)
-    rss  = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
-    before = rss()
+    step   = step_of(engine, px, bs)
+    status = lambda key: int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key)).split()[1])/1024
+    before = status('VmRSS')
+    Path('/proc/self/clear_refs').write_text('5')      # what the imports needed at their peak is forgotten
     for _ in range(2): step()
-    print(rss()-before)
+    print(status('VmHWM')-before)
 
 
 def bf16_flags():
