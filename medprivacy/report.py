@@ -45,7 +45,6 @@ def _json_of(run, name, default):
 
 def _is_phantom(run): return run.config.get('data', {}).get('phantom') is True
 
-# %% ../nbs/62_report.ipynb #d68d73f1
 def _attribute(run):
     names = [k.split('.') for k in run.summary]
     return next((k[1] for k in names if len(k) == 3 and k[2] == 'leakage'), run.config.get('attribute', 'sex'))
@@ -80,7 +79,6 @@ def _draw_groups(df):
     one = 'macro' if 'macro' in labels else labels[0]    # the table has all of them
     return plot_subgroups(df[df.label == one], xlabel=f'disease AUROC, {"mean of labels" if one == "macro" else one}')
 
-# %% ../nbs/62_report.ipynb #6c341428
 def _draw_roc(df, points):
     return plot_panels(plot_roc, df, points) if 'label' in df else plot_roc(df, points)
 
@@ -187,7 +185,6 @@ def _findings_of(run):
     out += pretrain_findings(run.summary, run.record.get('pretrain', {}))
     return out + utility_findings(run.summary, _json_of(run, 'privacy.json', None))
 
-# %% ../nbs/62_report.ipynb #18a18dcd
 def _summary_part(run):
     keep  = lambda s: s.replace('n = ', 'n\u00a0=\u00a0')    # no line break inside a number
     said  = [Div(Strong(KINDS[f.kind]), Span(keep(f.text)), cls=f'finding {f.kind}') for f in _findings_of(run)]

@@ -183,6 +183,7 @@ def to_private(self:Learner,
     self._do_one_batch = PrivateStep(cb, charge)   # From now on, not only in a fit
     return self.add_cb(cb)
 
+# %% ../../nbs/41_dp.callback.ipynb #73597fd7
 @patch
 def to_public(self:Learner) -> Learner: # The same learner, with the same weights
     "Undo `to_private`: train without privacy from now on"
