@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'STRENGTHS', 'Point', 'frontier_plan', 'point_mechanism', 'image_quality', 'Effort', 'run_point',
-           'run_frontier', 'frontier_table', 'matched_table', 'group_table']
+           'run_frontier', 'frontier_table', 'matched_table', 'compare_leakage', 'group_table']
 
 # %% ../nbs/63_frontier.ipynb #4ed73092
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -117,6 +117,10 @@ def _disease(records, point, mechanism, folder, kw):
     new  = train_probe(part, seed=point.seed, name='retrained', dls=dls, **kw)
     return concat_predictions([new.preds, probe_predictions(model, dls, loss, records.labels, 'fixed')])
 
+def _findings(records, attribute):
+    "The labels that are to stay readable; one that is hidden is none of them"
+    return replace(records, labels=tuple(l for l in records.labels if l != attribute))
+
 def _quality(records, attribute, size, mechanism):
     dl = records_dls(records.select(part='attack'), attribute, size, device='cpu').valid
     return image_quality(mechanism, dl.fetch(range(min(128, len(dl.dataset))))[0])
@@ -157,7 +161,8 @@ def run_point(
     mechanism = point_mechanism(records, attribute, point, epochs=effort.game_epochs, **kw)
     told = attack_panel(records, attribute, mechanism, networks=effort.networks, epochs=effort.attack_epochs,
                         draws=effort.draws, seed=point.seed, **kw)
-    kept = _disease(records, point, mechanism, folder, dict(kw, epochs=effort.utility_epochs, draws=effort.draws))
+    kept = _disease(_findings(records, attribute), point, mechanism, folder,
+                    dict(kw, epochs=effort.utility_epochs, draws=effort.draws))
     save_predictions(told, folder/f'{point.name}-attack.parquet')
     save_predictions(kept, folder/f'{point.name}-disease.parquet')
     out = dict(facts=facts, **_quality(records, attribute, effort.size, mechanism), seconds=time.perf_counter()-start)
@@ -264,6 +269,31 @@ def matched_table(
     test = frontier_table(run, n_boot=n_boot)
     out  = chosen.merge(test, on=['mechanism', 'strength']).sort_values('leakage')
     return pd.concat([test[test.mechanism == 'raw'], out], ignore_index=True)
+
+# %% ../nbs/63_frontier.ipynb #7226899d
+def _leaks(run, mechanism, strength, n_boot):
+    "Leakage, mean over the seeds of a sweep, its resamples, and the number of patients"
+    p = pd.read_csv(run.path/'tables'/'points.csv').query('mechanism == @mechanism and strength == @strength')
+    if not len(p): raise ConfigError(f'{run.path} holds no point {mechanism!r} of strength {strength:g}')
+    files = [run.path/'points'/f'{Point(mechanism, float(strength), int(k)).name}-attack.parquet' for k in p.seed]
+    one   = [_leak(load_predictions(f), 'test', n_boot) for f in files]
+    return np.mean([o[0] for o in one]), np.mean([o[1] for o in one], 0), one[0][4]
+
+def compare_leakage(
+    run:Run,                  # With a table of points
+    one:tuple,                # (mechanism, strength)
+    others:tuple,             # Of such pairs
+    *,
+    n_boot:int=1000,          # Resamples of patients
+    level:float=.95,          # Coverage
+) -> pd.DataFrame:            # mechanism, strength, difference, lo, hi, n_patients
+    "How much more others leak than `one`, on the same resamples of patients; an interval with 0 separates nothing"
+    base, rows = _leaks(run, *one, n_boot), []
+    for name,s in others:
+        value, draws, n = _leaks(run, name, s, n_boot)
+        i = interval(float(value-base[0]), draws-base[1], n=n, unit='patient', level=level)
+        rows.append(dict(mechanism=name, strength=s, difference=i.value, lo=i.lo, hi=i.hi, n_patients=n))
+    return pd.DataFrame(rows, columns=['mechanism', 'strength', 'difference', 'lo', 'hi', 'n_patients'])
 
 # %% ../nbs/63_frontier.ipynb #df9671d5
 def group_table(

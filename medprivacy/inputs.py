@@ -79,10 +79,10 @@ def check_unit(
                           "unit='image' (--unit image) and say so")
 
 # %% ../nbs/64a_inputs.ipynb #a01aa756
-def _record_data(run, records, official):
+def _record_data(run, records, official, attack):
     d = run.config['data']
     add_record(run, 'data', name=d['name'], phantom=d['phantom'], labels=records.labels, **sizes_of(records))
-    add_record(run, 'split', seed=d['seed'], official=official, attack=_ATTACK, hash=split_hash(records),
+    add_record(run, 'split', seed=d['seed'], official=official, attack=attack, hash=split_hash(records),
                sizes={s: sizes_of(records.select(split=s)) for s in SPLITS})
 
 def study_records(
@@ -93,7 +93,8 @@ def study_records(
     recs = _phantoms(run, d) if d['phantom'] else _table(d)
     if d.get('unreadable') == 'quarantine': recs = drop_unreadable(recs, run.path/'quarantine.csv', channels=1)
     official = bool(recs.df.split.notna().any())
-    recs = complete_split(recs, _FRACS, stratify='sex', seed=d['seed'], attack=_ATTACK)
-    _record_data(run, recs, official)
+    attack = d.get('attack_share', _ATTACK)
+    recs = complete_split(recs, tuple(d.get('fracs', _FRACS)), stratify='sex', seed=d['seed'], attack=attack)
+    _record_data(run, recs, official, attack)
     add_table(run, 'demographics', known_sizes(run, count_people(recs)))
     return recs

@@ -132,16 +132,17 @@ def _tidy(folder):
     for f in [f for f in Path(folder).rglob('.*') if f.is_file() and _TEMPORARY.fullmatch(f.name)]: f.unlink()
     if not (folder/'versions.txt').exists(): atomic_write(folder/'versions.txt', versions_text())
 
-def _same_data(run, given):
+def _same_data(run, given, split):
     "Data options may be left out or repeated"
     d, defaults = run.config['data'], {k: p.default for k,p in inspect.signature(data_args).parameters.items()}
     asked = {k for k,v in given.items() if k != 'cache' and v != defaults[k]}
-    if not asked: return
-    diff = changed(data_section(d['size'], d['seed'], **given), d)
+    if not asked and not split: return
+    own  = {k: d[k] for k in ('fracs', 'attack_share') if k in d}
+    diff = changed((data_section(d['size'], d['seed'], **given) if asked else d) | own | split, d)
     if diff: raise ConfigError(f'{run.path} is about other data ({diff}); leave the data options out with --resume, or '
                                f'use another folder')
 
-def _go_on(out, attribute, given):
+def _go_on(out, attribute, given, split):
     run = open_run(out)
     try: d = run.config.get('data', {})
     except tomllib.TOMLDecodeError as e:
@@ -151,7 +152,7 @@ def _go_on(out, attribute, given):
     if attribute not in (None, run.config.get('attribute')):
         raise ConfigError(f"{out} is about {run.config.get('attribute')!r}, not {attribute!r}; use another folder")
     if given.get('cache'): os.environ['MEDPRIVACY_CACHE'] = given['cache']
-    _same_data(run, given)
+    _same_data(run, given, split)
     _tidy(run.path)
     return run
 
@@ -166,14 +167,15 @@ def open_study(
     resume:bool=False,       # Go on in an existing run
     overwrite:bool=False,    # Replace one
     unit:str=None,           # 'patient': the patients must be known
+    split:dict=None,         # `fracs` and `attack_share`, where the run is to have others than usual
     **data                   # As in `data_args`
 ) -> Run:                    # A context manager; when nothing was trained before an error, a new folder is removed
     "Open the run folder of a command"
     if resume and overwrite: raise ConfigError('choose one of --resume and --overwrite')
     if resume:
-        yield _go_on(out, attribute, data)
+        yield _go_on(out, attribute, data, split or {})
         return
-    section = data_section(size or 64, seed or 0, **data)
+    section = data_section(size or 64, seed or 0, **data) | (split or {})
     recs    = check_data(section)
     if unit and recs is not None: check_unit(recs, unit)
     run = open_run(out, dict(data=section, attribute=attribute or 'sex'), overwrite=overwrite)
