@@ -34,11 +34,13 @@ class PrivacySpent:
     noise_multiplier:float=None     # σ: noise standard deviation over clipping norm
     private:bool=True               # False: noise came from a known seed (test mode), ε is void
     extra:tuple=()                  # σ of each further Gaussian query on all units that ε includes
+    kinds:tuple=()                  # (σ, rate, steps) of each kind of step, where there are several
 
     def __post_init__(self):
         if not self.eps >= 0: raise ConfigError(f'eps must be 0 or more, got {self.eps}')
         if not 0 < self.delta < 1: raise ConfigError(f'delta must be in (0,1), got {self.delta}')
         object.__setattr__(self, 'extra', tuple(self.extra))   # A list, when the record was read from JSON
+        object.__setattr__(self, 'kinds', tuple(map(tuple, self.kinds)))
 
     def __repr__(self):
         how = [f'{self.accountant} accountant', f'{self.sampling} sampling', f'neighbours {self.neighbours}',
@@ -46,6 +48,7 @@ class PrivacySpent:
         if self.steps            is not None: how.append(f'{self.steps} steps')
         if self.sample_rate      is not None: how.append(f'rate {self.sample_rate:.4g}')
         if self.noise_multiplier is not None: how.append(f'noise multiplier {self.noise_multiplier:.4g}')
+        how += [f'{n} of noise multiplier {s:.4g} at rate {q:.4g}' for s,q,n in self.kinds]
         if self.extra: how.append('including Gaussian queries of noise ' + ', '.join(f'{s:.4g}' for s in self.extra))
         void = '' if self.private else 'NOT PRIVATE (test mode, noise from a known seed): '
         return f'{void}ε = {self.eps:.4g} at δ = {self.delta:.3g} ({", ".join(how)})'

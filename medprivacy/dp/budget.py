@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from ..core import BudgetError, ConfigError
-from .account import PrivacySpent, epsilon, noise_multiplier_for
-from .counts import count_noise_for, pos_weight_from, private_class_counts
+from .account import PrivacySpent, epsilon
+from .counts import PrivateCounts, count_noise_for, pos_weight_from, private_class_counts
 from .guard import remember, write
 from .noise import NoiseSource
-from .parallel import ranks
-from .plan import first_rank, plan_noise, training_facts
+from .plan import first_rank, first_writes, plan_noise, training_facts
 from .sample import PoissonSampler, loader_bs, train_rows
 
 # %% ../../nbs/40j_dp.budget.ipynb #23d0b2fa
@@ -39,7 +38,7 @@ def prepare(
     units,delta = sampler.n_units,cb.delta or 1/(10*sampler.n_units)
     if delta >= 1/units:
         raise ConfigError(f'delta {delta} must be below 1/{units}, one over the number of {cb.unit}s: '
-                          'else one of them may be published whole')
+                          f'else one of them may be published whole. Leave delta out for {1/(10*units):.2g}')
     write(cb, sampler=sampler, rate=sampler.rate, n_units=units, delta=delta, _train_dl=dl,
           _ids=None if ids is None else np.asarray(ids),
           _images=None if known is None else (int(known.min()), int(known.max())))
@@ -48,25 +47,28 @@ def prepare(
         write(cb, count_noise=count_noise_for(cb.target_epsilon, delta=delta, accountant=cb.accountant))
     if cb.target_epsilon is not None and cb.epochs is not None: calibrate(cb, cb.epochs)
 
-def _planned_counts(cb): return (cb.count_noise,) if isinstance(cb.pos_weight, str) else ()
+_COUNTS = 'class counts'
+
+def _planned_counts(cb):
+    "Noise of counts that are still to be paid for"
+    known = cb.ledger is not None and cb.ledger.answer(_COUNTS) is not None
+    return (cb.count_noise,) if isinstance(cb.pos_weight, str) and not known else ()
 
 def calibrate(
     cb:object,     # `DPCallback`, prepared
     epochs:int,    # That the target is for
-) -> None:
+) -> dict:         # What was written
     "Fix the noise, and the number of steps it is good for"
-    steps, extra = int(epochs)*cb.sampler.steps_per_epoch, _planned_counts(cb)
-    kw = dict(sample_rate=cb.rate, steps=steps, delta=cb.delta, accountant=cb.accountant)
-    if extra and not (cb.ledger and cb.ledger.facts):
-        noise,most = noise_multiplier_for(cb.target_epsilon, **kw, extra=extra),steps
-    else: noise,most = plan_noise(cb.ledger, cb.target_epsilon, **kw)
-    write(cb, _noise=noise, max_steps=most, _planned=steps)
+    steps = int(epochs)*cb.sampler.steps_per_epoch
+    noise,most = plan_noise(cb.ledger, cb.target_epsilon, sample_rate=cb.rate, steps=steps, delta=cb.delta,
+                            accountant=cb.accountant, extra=_planned_counts(cb))
+    write(cb, **(plan := dict(_noise=noise, max_steps=most, _planned=steps)))
+    return plan
 
 def spent_so_far(
     cb:object,          # `DPCallback`, prepared
 ) -> PrivacySpent:      # With a ledger: what stands there
     "What has been spent so far"
-    if cb.ledger is not None and ranks()[0]: cb.ledger.reload()
     if cb.ledger is not None and cb.ledger.facts: return cb.ledger.spent()
     noise = cb._noise if cb.steps_taken else 1.
     eps   = epsilon(noise, cb.rate or 0., cb.steps_taken, cb.delta, cb.accountant, extra=cb._extra)
@@ -78,13 +80,13 @@ def spent_so_far(
 def open_ledger(
     cb:object,     # `DPCallback`, calibrated
 ) -> None:
-    "Make or continue the file, on rank 0; all ranks count on from what it holds"
+    "Make or continue the file, on rank 0; all ranks go on from what it holds"
     def begin():
         if cb._facts is None: write(cb, _facts=training_facts(cb.ledger.path, cb))
         plan = {'noise multiplier': cb._noise, 'planned steps': getattr(cb, '_planned', None),
                 'max steps': cb.max_steps}
-        return cb.ledger.begin({**cb._facts, **plan}).used
-    write(cb, steps_taken=first_rank(begin))
+        return dict(steps_taken=cb.ledger.begin({**cb._facts, **plan}).used, _noise=cb._noise, max_steps=cb.max_steps)
+    write(cb, **first_writes(cb.ledger, begin, all=True))
 
 def plan_fit(
     cb:object,     # `DPCallback` of a learner that is about to fit
@@ -92,10 +94,10 @@ def plan_fit(
     "Set the noise at the first fit; refuse when nothing is left, say when not enough is"
     want = cb.learn.n_epoch*cb.sampler.steps_per_epoch
     if want == 0: return
-    if cb._noise is None: calibrate(cb, cb.epochs or cb.learn.n_epoch)
+    if cb._noise is None: write(cb, **first_rank(lambda: calibrate(cb, cb.epochs or cb.learn.n_epoch)))
     if cb.ledger is not None: open_ledger(cb)
-    if any(getattr(o, 'pending', False)
-           for o in cb.learn.cbs):   # A checkpoint is read, with weights that were paid for
+    def going_on(): return any(getattr(o, 'pending', False) for o in cb.learn.cbs)
+    if first_rank(going_on):   # A checkpoint is read, with weights that were paid for
         if isinstance(cb.pos_weight, str): write(cb, _weighted=True)
         return weigh_labels(cb)
     if cb.max_steps is not None and cb.steps_left <= 0:
@@ -112,8 +114,11 @@ def charge(
     cb:object,     # `DPCallback` in a step
 ) -> None:
     "Count a step, on the disk first; before anything of its batch can be seen"
-    if cb.steps_left is not None and cb.steps_left <= 0: raise BudgetError(f'the budget is spent: {cb.spent}')
-    if cb.ledger is not None and ranks()[0] == 0: cb.ledger.charge(cb._noise, cb.rate, most=cb.steps_left)
+    if cb.steps_left is not None and cb.steps_left <= 0:
+        raise BudgetError(f'the budget is spent: {cb.spent}. No step is left of {cb.max_steps}: make a new learner with '
+                          'a larger target_epsilon')
+    if cb.ledger is not None:
+        first_writes(cb.ledger, lambda: cb.ledger.charge(cb._noise, cb.rate, most=cb.steps_left))
     write(cb, steps_taken=cb.steps_taken+1)
 
 def rank_facts(
@@ -138,13 +143,19 @@ def _targets(ds):
     return np.stack([np.asarray(ds[i][1], dtype=np.float64) for i in range(len(ds))])
 
 def _ask_counts(cb):
-    if cb.ledger is not None:
-        if any(r.get('query') == 'class counts' for r in cb.ledger._records):
-            raise ConfigError(f'{cb.ledger.path} has paid for class counts before: give the weights found then, '
-                              'pos_weight=[…]')
-        cb.ledger.charge(cb.count_noise, 1., query='class counts')
-    source = NoiseSource(secure=True, seed=cb._seed)
-    return private_class_counts(_targets(cb._train_dl.dataset), cb._ids, noise_multiplier=cb.count_noise, source=source)
+    led, source = cb.ledger, NoiseSource(secure=True, seed=cb._seed)
+    def ask(): return private_class_counts(_targets(cb._train_dl.dataset), cb._ids, noise_multiplier=cb.count_noise,
+                                           source=source)
+    if led is None: return ask()
+    if (known := led.answer(_COUNTS)) is not None:
+        return PrivateCounts(**{**known, 'pos': np.array(known['pos']), 'neg': np.array(known['neg'])})
+    if any(r.get('query') == _COUNTS for r in led._records):
+        raise BudgetError(f'{led.path} has paid for class counts, and the training was killed before they were known: '
+                          'begin in another folder, where they are paid for again')
+    led.charge(cb.count_noise, 1., query=_COUNTS)      # Before it is asked
+    counts = ask()
+    led.keep(_COUNTS, {**vars(counts), 'pos': counts.pos.tolist(), 'neg': counts.neg.tolist()})
+    return counts
 
 # %% ../../nbs/40j_dp.budget.ipynb #c48ac89b
 def weigh_labels(
@@ -155,7 +166,8 @@ def weigh_labels(
     loss = _loss_with_weights(cb.learn.loss_func)
     if isinstance(cb.pos_weight, str):
         write(cb, _extra=(float(cb.count_noise),))           # Charged before it is asked
-        write(cb, counts=first_rank(lambda: _ask_counts(cb)))
+        ask = lambda: _ask_counts(cb)
+        write(cb, counts=first_rank(ask) if cb.ledger is None else first_writes(cb.ledger, ask))
         found = pos_weight_from(cb.counts)
         print(f'{cb.counts}; weights of positives {", ".join(f"{w:.2f}" for w in found)}')
     else: found = cb.pos_weight

@@ -123,7 +123,7 @@ class Ledger:
     def parts(self):   # {(σ, rate): steps}; a torn record counts as a whole block
         found = {}
         for r in self._records:
-            if r['kind'] != 'facts': _add(found, r['noise'], r['rate'], r['steps'])
+            if r['kind'] == 'steps': _add(found, r['noise'], r['rate'], r['steps'])
         if self._torn: _add(found, *self._latest(), self._torn*self.facts['block'])
         return found
     @property
@@ -153,17 +153,26 @@ def _add(found, noise, rate, steps): found[noise,rate] = found.get((noise,rate),
 def spent(self:Ledger,
     delta:float=None,        # δ; None: that of the latest training
     accountant:str=None,     # 'prv', 'rdp' or 'gdp'; None: that of the latest training
-) -> PrivacySpent:           # Of all trainings together; noise and rate are given where there is only one
+) -> PrivacySpent:           # Of all trainings together; several kinds of step are listed in `kinds`
     "What all charged steps cost together, reserved and torn ones included"
     if not self.facts: raise CheckpointError(f'{self.path} holds no training: is it the right file?')
     parts,delta,how = self.parts, delta or self.facts['δ'], accountant or self.facts['accountant']
-    kinds = {(r['noise'],r['rate']) for r in self._records if r['kind'] != 'facts' and 'query' not in r}
-    if self._torn or not kinds: kinds.add(self._latest())
-    noise,rate = kinds.pop() if len(kinds) == 1 else (None,None)
+    kinds = self._kinds()
+    noise,rate = kinds[0][:2] if len(kinds) == 1 else (None,None)
     return PrivacySpent(total_epsilon(parts, delta, how), delta, how, 'poisson', neighbours='add-remove',
                         unit=self.facts['unit'], steps=self.steps, sample_rate=rate, noise_multiplier=noise,
                         private=all(r['facts']['private'] for r in self._records if r['kind'] == 'facts'),
-                        extra=tuple(r['noise'] for r in self._records if 'query' in r))
+                        extra=tuple(r['noise'] for r in self._records if 'query' in r),
+                        kinds=kinds if len(kinds) > 1 else ())
+
+@patch
+def _kinds(self:Ledger):
+    "(σ, rate, steps) of each kind of training step"
+    asked, found = {}, dict(self.parts)
+    for r in self._records:
+        if 'query' in r: _add(asked, r['noise'], r['rate'], r['steps'])
+    left = {k: n-asked.get(k, 0) for k,n in found.items() if n > asked.get(k, 0)}
+    return tuple((*k, n) for k,n in (left or {self._latest(): 0}).items())
 
 # %% ../../nbs/40b_dp.ledger.ipynb #2d30b8a7
 def _differences(old, new, only=None):
@@ -281,3 +290,21 @@ def charge(self:Ledger,
                               f'can') from e
     if query is None: self._kind,self._reserved = kind,n-1
     return self.steps
+
+@patch
+def keep(self:Ledger,
+    query:str,        # Name of a question that was charged
+    answer:object,    # Its noisy answer: numbers, text, lists and dicts of them
+) -> None:
+    "Write the answer down, so that a training that goes on need not ask and pay again"
+    try: self._append(dict(kind='answer', to=query, answer=answer))
+    except OSError as e:
+        raise CheckpointError(f'{self.path} cannot be written ({e}): {query} were paid for, and are lost; begin in '
+                              'another folder') from e
+
+@patch
+def answer(self:Ledger,
+    query:str,    # Name of a question
+) -> object:      # What `keep` was given last; None: nothing
+    "The noisy answer to a question that was paid for"
+    return next((r['answer'] for r in reversed(self._records) if r['kind'] == 'answer' and r['to'] == query), None)

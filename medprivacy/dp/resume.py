@@ -6,11 +6,15 @@
 __all__ = ['PrivateCheckpointCallback']
 
 # %% ../../nbs/41a_dp.resume.ipynb #5ab195a5
+import tempfile
+from pathlib import Path
+
 from fastai.callback.core import CancelEpochException
 from torch import nn
 
 from ..core import CheckpointError, ConfigError, MedPrivacyError
 from .parallel import ranks
+from .plan import first_rank
 from ..train import (CheckpointCallback, _attributes, _check_facts, _fit_facts, _kept, _LEARNER, _read,
                               _set_attributes,
                               _write)
@@ -54,14 +58,20 @@ class PrivateCheckpointCallback(CheckpointCallback):
         ledger = _checked(self)
         try: self._open(ledger)
         except MedPrivacyError: ledger.close(); raise
-    def _open(self, ledger):
-        self.known, self.saved, self.at = {**_known(self.learn), **self.facts}, None, 0
-        if ranks()[0] == 0:
-            for f in self.file.parent.glob(f'.{self.file.name}.*'): f.unlink()    # a kill may have left part of a file
-        if not self.file.exists(): return
+    def _look(self, ledger):
+        "The state to go on from, checked, and as bytes for other ranks; only on rank 0"
+        self.known = {**_known(self.learn), **self.facts}
+        for f in self.file.parent.glob(f'.{self.file.name}.*'): f.unlink()    # a kill may have left part of a file
+        if not self.file.exists(): return None
         self.saved = _read(self.file, self.dls.device or 'cpu')
         _check_facts(self.known, self.saved['facts'], self.file)
         ledger.check_head(self.saved['head'])
+        return self.file.read_bytes() if ranks()[1] > 1 else b''
+    def _open(self, ledger):
+        self.saved, self.at = None, 0
+        found = first_rank(lambda: self._look(ledger))
+        if found is None: return
+        if ranks()[0]: self.saved = _read_bytes(found, self.file.name, self.dls.device or 'cpu')
         _set_weights(self.learn, self.saved['state'])
         lost = self.learn.dp.steps_taken-self.saved['steps']
         print(f"Going on from the checkpoint made at {self.saved['steps']} charged steps; {lost} charged since then "
@@ -98,6 +108,14 @@ def _checked(cb):
     names = [c.name for c in learn.cbs]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice: raise ConfigError(f'two callbacks have the name {", ".join(twice)} and cannot be told apart: remove one')
-    if cb.file.exists() and not cb.resume:
-        raise CheckpointError(f'{cb.file} exists: pass resume=True to go on from it, or use another folder')
+    def is_free():
+        if cb.file.exists() and not cb.resume:
+            raise CheckpointError(f'{cb.file} exists: pass resume=True to go on from it, or use another folder')
+    first_rank(is_free)
     return ledger
+
+def _read_bytes(data, name, device):
+    "A checkpoint that another rank has read"
+    with tempfile.TemporaryDirectory() as d:
+        (file := Path(d)/name).write_bytes(data)
+        return _read(file, device)
