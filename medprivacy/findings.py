@@ -30,11 +30,11 @@ def with_interval(
 
 def sample_size(
     row:Mapping,    # n, n_patients
-) -> str:           # `n = 240 images of 120 patients`, as far as known
+) -> str:           # `n = 240 images of 120 patients`, the patients where they are known
     "Write what an estimate rests on"
     n, p = row.get('n'), row.get('n_patients')
     if not _has(n): return 'n not stored'
-    return f'n = {n:.0f} images of {p:.0f} patients' if _has(p) else f'n = {n:.0f}'
+    return f'n = {n:.0f} images' + (f' of {p:.0f} patients' if _has(p) else '')
 
 # %% ../nbs/61a_findings.ipynb #31107785
 EVIDENCE, NOISE_FLOOR = .95, .85    # AUROC on raw phantoms that an attacker needs; leakage that noise must leave there
@@ -109,7 +109,8 @@ def _shuffled_control(row, attribute):
     missing = not row or not all(_has(row.get(k)) for k in ('value', 'lo', 'hi'))
     if missing: return _warn(f'The control with shuffled {attribute} was not run: a flaw would go unseen.')
     far  = abs(row['value']-.5)/max((row['hi']-row['lo'])/(2*1.96), 1e-9)
-    text = f'With shuffled {attribute} an attack has AUROC {with_interval(row)}, {far:.1f} standard errors from 0.5'
+    text = (f'With shuffled {attribute} an attack has AUROC {with_interval(row)} ({sample_size(row)}), {far:.1f} standard '
+            'errors from 0.5')
     if far > 3: return _warn(f'{text}: more than 3, so something other than {attribute} gives the answer away.')
     return Finding('holds', f'{text} (at most 3 are expected).')
 
@@ -128,8 +129,11 @@ def privacy_terms(
     rows += [(name, told(spent.get(k)), why) for k,(name,why) in TERMS.items()]
     void = ('NOT PRIVATE', 'ε is void', 'the noise came from a known seed (test mode)')
     if spent.get('private') is False: rows.insert(0, void)
-    rest = {k: v for k,v in spent.items() if k not in {'eps', 'epsilon', 'private', *TERMS} and v is not None}
+    rest = {k: v for k,v in spent.items() if k not in {'eps', 'epsilon', 'private', 'kinds', *TERMS}
+            and v not in (None, (), [])}
     rows += [(k.replace('_', ' '), f'{v:.5g}' if isinstance(v, float) else str(v), '') for k,v in rest.items()]
+    rows += [('steps of one kind', f'{n} at rate {q:.5g} with noise multiplier {s:.5g}', '')
+             for s,q,n in spent.get('kinds') or ()]
     return pd.DataFrame(rows, columns=['term', 'value', 'meaning'])
 
 # %% ../nbs/61a_findings.ipynb #391d70fc

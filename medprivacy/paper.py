@@ -140,15 +140,23 @@ def _evaluate_said(r):
 # %% ../nbs/61c_paper.ipynb #c26c21d9
 _OPTIMIZER = dict(sgd='SGD', adam='Adam', nadam='NAdam')
 
+def _steps_said(r):
+    "Noise, rate and number of the steps; of each kind where trainings with several were added up"
+    kinds = [f"{_n(n, 'step')} at rate {q:.3g} with noise multiplier {s:.3g}" for s,q,n in r.get('kinds') or ()]
+    steps = (f"{r['sampling']} sampling, {_n(r['steps'], 'step')} in all: {_join(kinds)}" if kinds else
+             f"noise multiplier {r['noise_multiplier']:.3g}, {r['sampling']} sampling at rate {r['sample_rate']:.3g}, "
+             f"{_n(r['steps'], 'step')}")
+    asked = [f'{s:.3g}' for s in r.get('extra') or ()]
+    if not asked: return steps
+    return f"{steps}; with Gaussian quer{'ies' if asked[1:] else 'y'} of noise multiplier {_join(asked)} on all {r['unit']}s"
+
 def _private_said(r):
     one = (f"A classifier ({r['arch']}) was trained for {_n(r['epochs'], 'epoch')} without privacy and for "
            f"{_n(r['private_epochs'], 'epoch')} with differentially private {_OPTIMIZER[r.get('optimizer', 'sgd')]}" +
            (f", both from {r['start']}" if r.get('start') else ''))
     if not r['private']: return f"{one} in test mode, with noise from a known seed: it has no privacy guarantee."
     more = f" Further targets gave ε = {_join([f'{e:.2f}' for e in r['all_eps'][1:]])}." if r['all_eps'][1:] else ''
-    return (f"{one} (clipping norm {r['max_grad_norm']:g}, noise multiplier {r['noise_multiplier']:.3g}, "
-            f"{r['sampling']} "
-            f"sampling at rate {r['sample_rate']:.3g}, {_n(r['steps'], 'step')}): "
+    return (f"{one} (clipping norm {r['max_grad_norm']:g}, {_steps_said(r)}): "
             f"(ε = {r['eps']:.2f}, δ = {r['delta']:.1e}) "
             f"by the {r['accountant'].upper()} accountant, for {r['neighbours']} neighbours, "
             f"unit of privacy: one {r['unit']}.{more}" +

@@ -166,7 +166,7 @@ def _headline(run):
     order = list(WORDS)
     place = lambda k: (k.split('.')[1:], order.index(k.split('.')[0]) if k.split('.')[0] in order else 99)
     rows  = [(_in_words(k), with_interval(s := run.summary[k]), s.get('n'), k) for k in sorted(run.summary, key=place)]
-    names = ['result', 'value [95 % interval]', 'n (see tables)', 'in summary.json']
+    names = ['result', 'value [95 % interval]', 'n', 'in summary.json']    # n: images, in every row
     return html_table(pd.DataFrame(rows, columns=names), 'Headline numbers')
 
 # %% ../nbs/62_report.ipynb #b4bc6c15

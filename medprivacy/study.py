@@ -107,20 +107,20 @@ def attack_stage(
 
 def _control(run, preds, a, n_boot):
     t = preds.df[preds.df.split == 'test']
-    add_summary(run, {f'control.{a}.auroc': auroc_ci(t[f'y_{a}'].to_numpy(), t[f'score_{a}'].to_numpy(),
-                                                     patient=t.patient_id.to_numpy() if unit_of(run) == 'patient'
-                                                     else None,
-                                                     n_boot=n_boot)})
+    who  = t.patient_id.to_numpy() if unit_of(run) == 'patient' else None
+    y    = t[f'y_{a}'].to_numpy()
+    area = auroc_ci(y, t[f'score_{a}'].to_numpy(), patient=who, n_boot=n_boot)
+    add_summary(run, {f'control.{a}.auroc': dict(value=area.value, lo=area.lo, hi=area.hi, n=int(np.isfinite(y).sum()))})
 
 # %% ../nbs/65_study.ipynb #7a910e94
 def headline(
     run:Run,           # A run with results
-) -> pd.DataFrame:     # result, value, 95 % interval, n
+) -> pd.DataFrame:     # result, value, 95 % interval, n (images)
     "The summary of a run as a table to print"
     rows = [dict(result=k, value='–' if v['value'] is None else f"{v['value']:.3f}" if v['value'] >= .001
                  else f"{v['value']:.2g}",
                  interval='' if v['lo'] is None else f"[{v['lo']:.3f}, {v['hi']:.3f}]",
-                 n='' if v['n'] is None else int(v['n']))
+                 images='' if v['n'] is None else int(v['n']))
             for k,v in run.summary.items()]
     return pd.DataFrame(rows)
 
