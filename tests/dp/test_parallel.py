@@ -1,4 +1,4 @@
-"Two processes with gloo against one: draws, clipped sums, noise, weights, ε, and what is refused"
+"Two and four processes with gloo against one: draws, clipped sums, noise, weights, ε, and what is refused"
 import os
 import subprocess
 import sys
@@ -84,13 +84,15 @@ def work(folder):
     out['facts'] = said(lambda: check_same(dict(a=1) if rank else dict(a=1, b=2)))
     torch.save(out, Path(folder)/f'{rank}.pt')
 
-@pytest.fixture(scope='module')
-def two(tmp_path_factory):
-    d = tmp_path_factory.mktemp('ranks')
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', __file__, str(d)]
+def on_ranks(n, d):
+    "What each of n processes under torchrun found"
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), __file__, str(d)]
     done = subprocess.run(cmd, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(d/f'{i}.pt') for i in range(2)]
+    return [torch.load(d/f'{i}.pt') for i in range(n)]
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory): return on_ranks(2, tmp_path_factory.mktemp('ranks'))
 
 @pytest.fixture(scope='module')
 def one(): return train(5, noise_multiplier=0., seed=3)
@@ -139,6 +141,20 @@ def test_what_is_refused(two):
     assert all('noise_multiplier differs between ranks ([1.0, 2.0])' in o['other noise'] for o in two)
     assert all('start_ranks' in o['wrapped'] for o in two)
     assert all('b differs between ranks ([2, None])' in o['facts'] for o in two)
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path, one):
+    from medprivacy.dp.account import epsilon
+    four = on_ranks(4, tmp_path)
+    exact, noisy = ([o[k] for o in four] for k in ('exact', 'noisy'))
+    for o in four:
+        assert o['n'] == 4 and all(v < (1e-8 if 'float64' in k else 1e-5) for k,v in o.items() if k.startswith('off'))
+        assert torch.equal(o['sums'], four[0]['sums']) and 'noise_multiplier differs' in o['other noise'] and o['mean loss'] == [2.5, 0.]
+    assert [sum(s) for s in zip(*(o['sizes'] for o in exact))] == one['sizes'] and min(exact[3]['sizes']) == 0
+    assert (exact[0]['grads']-one['grads']).abs().max() < 1e-5*one['grads'].abs().max() and (exact[0]['weights']-one['weights']).abs().max() < 1e-5
+    for kind in (exact, noisy): assert all(torch.equal(o[k], kind[0][k]) for o in kind for k in ('weights', 'grads'))
+    assert {(o['eps'], o['steps']) for o in noisy} == {(epsilon(SIGMA, BS/PATIENTS, 12, 1/(10*PATIENTS)), 12)}
+    assert [o['calls'] for o in four] == [600, 0, 0, 0] and abs(four[0]['sums'].std()-1) < .09       # four noises would give 2
 
 def test_the_loss_to_show_is_that_of_all_ranks(two):
     assert all(o['mean loss'] == [2.5, 0.] for o in two)
