@@ -18,7 +18,7 @@ import pandas as pd
 
 from .core import ConfigError, DataError
 from .data.core import Records
-from .epsilon_curve import DP_CXR
+from .epsilon_curve import DP_CXR, DP_CXR_TUNED
 from .game import n_outputs
 from .settings import check_settings
 
@@ -77,6 +77,7 @@ _VIEWS  = dict(distortion_budget=.05, num_res_blocks=3, activation='relu', width
 _DP     = dict(_BASE, size=64, bs=DP_CXR['bs'], data=dict(phantom=True, modality='cxr', n_patients=4000),
                curve={k: list(v) if isinstance(v, tuple) else v for k,v in DP_CXR.items() if k != 'bs'} |
                      dict(head='new', repeats=1, start_args=dict(n_patients=1600, epochs=6, lr=1e-3, bs=64)))
+_TUNED  = dict(_DP, curve=_DP['curve'] | {k: v for k,v in DP_CXR_TUNED.items() if k not in DP_CXR})
 _EXPERT = dict(crop=.3, jitter=.4, blur=.5, grey=.2, flip=False)
 
 _NARROW = dict(epochs=1, lr=2e-3, attacker_lr=2e-3, attackers=['small_resnet'])
@@ -136,7 +137,8 @@ PRESETS = MappingProxyType(dict([
     _preset('downstream', 'downstream', 'classes from obfuscated images, large encoder, erased patches',
             dict(_RETINA, downstream=dict(obfuscator='', arch='resnet200d', epochs=20, draws=4, erase=.25, lr=5e-4))),
     _preset('dp_cxr', 'curve', 'private classifiers from pretrained weights at six ε (size and epochs are ours)',
-            _DP)]))
+            _DP),
+    _preset('dp_cxr_tuned', 'curve', 'the same start, a new last layer alone trained privately, from zeros', _TUNED)]))
 
 # %% ../nbs/66_systems.ipynb #193b3834
 def maker_args(

@@ -7,12 +7,16 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from medprivacy.core import CheckpointError, ConfigError, LeakageError, open_run, read_table_of
-from medprivacy.data.core import read_table
+from medprivacy.data.core import load_predictions, read_table
+from medprivacy.data.load import records_dls
 from medprivacy.data.phantom import tiny_records
 from medprivacy.data.split import split_patients
-from medprivacy.epsilon_curve import DP_CXR, EPSILONS, curve_jobs, private_curve, run_dp_cxr
+from medprivacy.epsilon_curve import DP_CXR, DP_CXR_TUNED, EPSILONS, curve_jobs, private_curve, run_dp_cxr
+from medprivacy.models.resnet import _read_state, create_classifier
+from medprivacy.probe import ProbeLoss, probe_predictions
 
 DATA  = dict(data=dict(phantom=True, modality='cxr', seed=0, name='cxr phantoms'), attribute='sex')
 SMALL = dict(epsilons=(1., 8.), arch='small_resnet', size=32, bs=8, epochs=1, private_epochs=1, n_boot=20, device='cpu',
@@ -34,8 +38,8 @@ def done(tmp_path_factory):
 def test_a_run_holds_table_terms_weights_report_and_says_where_it_started(done):
     run, recs, table = done
     mean = table[(table.label == 'macro') & (table['by'] == 'all')].set_index('condition')
-    assert mean.index.tolist() == ['public', 'private', 'private ε=1', 'start']
-    assert mean.epsilon['public'] == np.inf and mean.epsilon['start'] == 0
+    assert mean.index.tolist() == ['public', 'private', 'private ε=1', 'start', 'untrained']
+    assert mean.epsilon['public'] == np.inf and mean.epsilon['start'] == mean.epsilon['untrained'] == 0
     assert 7 < mean.epsilon['private'] <= 8 and .9 < mean.epsilon['private ε=1'] <= 1
     assert {'all', 'F', 'M'} < set(table.group) and set(table.label) == {*recs.labels, 'macro'}
     assert mean.p[['private', 'private ε=1']].between(0, 1).all()
@@ -93,14 +97,31 @@ def test_a_killed_run_gives_the_remaining_epsilons_only(tmp_path, capsys):
     out    = capsys.readouterr().out
     assert out.count('stored already') == 2 and 'private ε=1: epoch 1 of 1' in out and 'pretraining' not in out
     assert (run.path/'model'/'eps_8.safetensors').read_bytes() == before
-    assert set(table.condition) == {'public', 'private', 'private ε=1', 'start'}
+    assert set(table.condition) == {'public', 'private', 'private ε=1', 'start', 'untrained'}
     assert table.epsilon[table.condition == 'private ε=1'].max() <= 1    # what the killed training spent is inside
 
 def test_repeats_are_one_condition(tmp_path):
     run   = open_run(tmp_path/'run', DATA)
     table = private_curve(run, tiny_records(80, size=32), **{**SMALL, 'epsilons': (8.,), 'start': None, 'repeats': 2})
     mean  = table[(table.label == 'macro') & (table['by'] == 'all')].set_index('condition')
-    assert mean.index.tolist() == ['public', 'private'] and (mean.trainings == 2).all() and (mean.spread >= 0).all()
+    assert mean.index.tolist() == ['public', 'private', 'untrained']
+    assert mean.trainings.tolist() == [2, 2, 1] and (mean.spread[:2] >= 0).all()
+
+def test_the_tuned_recipe_trains_the_last_layer_from_zero(tmp_path):
+    run   = open_run(tmp_path/'run', DATA)
+    recs  = tiny_records(36, size=32)
+    table = private_curve(run, recs, **{**DP_CXR_TUNED, **SMALL})
+    mean  = table[(table.label == 'macro') & (table['by'] == 'all')].set_index('condition')
+    assert mean.auroc['untrained'] == mean.lo['untrained'] == mean.hi['untrained'] == .5 and mean.epsilon['private'] <= 8
+    start, public, private = [_read_state(f) for f in (run.path/'start'/'weights.safetensors',
+                                                       *[run.path/'model'/f'{f}.safetensors' for f in ('public', 'eps_8')])]
+    moved = lambda a, b: {k for k in a if not torch.equal(a[k], b[k])}
+    assert moved(start, private) == {'fc.weight', 'fc.bias'} and len(moved(start, public)) > 10
+    model = create_classifier('small_resnet', 3, 1, run.path/'model'/'eps_8.safetensors')
+    whole = probe_predictions(model, records_dls(recs, size=32, device='cpu'), ProbeLoss('binary'), recs.labels, 'm')
+    kept  = load_predictions(run.path/'predictions'/'disease.parquet', recs.labels, 'multilabel').df.query('model == "private"')
+    assert np.allclose(whole.df.score_opacity, kept.score_opacity, atol=1e-5) and kept.score_opacity.std() > 0
+    assert run.record['train']['trained'] == 'head' and run.record['train']['private_lr'] == DP_CXR_TUNED['private_lr']
 
 def test_what_would_void_epsilon_is_refused_before_work(tmp_path):
     recs = tiny_records(24, size=32)
@@ -108,6 +129,8 @@ def test_what_would_void_epsilon_is_refused_before_work(tmp_path):
                                (dict(delta=.2), ConfigError, 'one over the number'),
                                (dict(epsilons=(0.,)), ConfigError, 'positive'),
                                (dict(head='kept', start=None), ConfigError, 'needs a start'),
+                               (dict(trained='head', start=None), ConfigError, 'needs a start'),
+                               (dict(trained='body'), ConfigError, 'trained'),
                                (dict(optimizer='lion'), ConfigError, 'nadam')):
         run = open_run(tmp_path/'run', DATA, overwrite=(tmp_path/'run').exists())
         with pytest.raises(error, match=match): private_curve(run, recs, **{**DP_CXR, **SMALL, **change})
@@ -119,7 +142,7 @@ def test_a_start_from_a_run_on_other_patients(done, tmp_path):
     recs   = tiny_records(24, size=32, seed=3)
     small  = {**SMALL, 'epsilons': (8.,), 'start': source, 'start_args': None}
     table  = private_curve(run, recs, **small)
-    assert set(table.condition) == {'public', 'private'}     # whether its head fits is not known, so it is not judged
+    assert set(table.condition) == {'public', 'private', 'untrained'}    # whether its own head fits is not known
     assert 'promises nothing' in run.record['train']['start']
     with pytest.raises(LeakageError, match='void'):
         private_curve(open_run(tmp_path/'same', DATA), tiny_records(24, size=32), **small)
@@ -133,7 +156,8 @@ def test_on_real_photographs(real_data, tmp_path):
     run    = open_run(tmp_path/'run', dict(data=dict(phantom=False, name='odir-fundus', seed=0), attribute='sex'))
     table  = run_dp_cxr(run, recs, {**SMALL, 'epsilons': (8.,), 'bs': 16})
     mean   = table[(table.label == 'macro') & (table['by'] == 'all')].set_index('condition')
-    assert mean.index.tolist() == ['public', 'private'] and mean.auroc.between(0, 1).all()   # other findings: no start
+    assert mean.index.tolist() == ['public', 'private', 'untrained']    # other findings: the start's head is not judged
+    assert mean.auroc.between(0, 1).all()
     assert 'fundus phantom images' in run.record['train']['start']
     page = (run.path/'report.html').read_text(encoding='utf-8')
     assert not any(i in page for i in recs.df.image_id.head(20))
