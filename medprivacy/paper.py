@@ -104,6 +104,9 @@ def _split_said(r):
     return f"{how} (seed {r['seed']}): {_join(parts)}.{attack}"
 
 def _obfuscate_said(r):
+    if not r['attackers']:
+        return (f"An obfuscator ({r['maker']}) that hides {r['attribute']} was fitted on {_who(r)} for "
+                f"{_n(r['epochs'], 'epoch')}, against no attacker (seed {r['seed']}).")
     return (f"An obfuscator ({r['maker']}) was trained against {_n(r['attackers'], 'attacker')} of {r['attribute']} on "
             f"{_who(r)} for {_n(r['epochs'], 'epoch')} "
             f"(attack term {r['attack']}, seed {r['seed']}).")
@@ -148,7 +151,8 @@ def _steps_said(r):
              f"{_n(r['steps'], 'step')}")
     asked = [f'{s:.3g}' for s in r.get('extra') or ()]
     if not asked: return steps
-    return f"{steps}; with Gaussian quer{'ies' if asked[1:] else 'y'} of noise multiplier {_join(asked)} on all {r['unit']}s"
+    what = 'Gaussian queries' if asked[1:] else 'a Gaussian query'
+    return f"{steps}; with {what} of noise multiplier {_join(asked)} on all {r['unit']}s"
 
 def _private_said(r):
     one = (f"A classifier ({r['arch']}) was trained for {_n(r['epochs'], 'epoch')} without privacy and for "

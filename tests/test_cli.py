@@ -47,6 +47,7 @@ def test_demo_writes_its_files(demo):
             'public.disease.auroc', 'private.disease.auroc', 'private.epsilon']
     s = json.loads((path/'summary.json').read_text())
     assert not set(need) - set(s) and all(0 <= s[k]['lo'] <= s[k]['value'] <= s[k]['hi'] <= 1 and s[k]['n'] > 0 for k in need[:-1])
+    assert s['control.sex.auroc']['n'] == s['raw.sex.leakage']['n']                  # images, not patients
     assert 0 < s['private.epsilon']['value'] <= 8 and json.loads((path/'privacy.json').read_text())['eps'] == s['private.epsilon']['value']
     cfg = tomllib.loads((path/'config.toml').read_text())
     assert cfg['attribute'] == 'sex' and cfg['data']['phantom'] is True and 'torch' in (path/'versions.txt').read_text()

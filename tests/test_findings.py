@@ -27,7 +27,7 @@ def test_number_with_interval(row, text): assert with_interval(row) == text
 
 def test_sample_size():
     assert sample_size(dict(n=20., n_patients=10.)) == 'n = 20 images of 10 patients'
-    assert sample_size(dict(n=np.nan)) == 'n not stored'
+    assert sample_size(dict(n=np.nan)) == 'n not stored' and sample_size(dict(n=20.)) == 'n = 20 images'
 
 def test_every_estimate_in_a_sentence_has_interval_and_size():
     for f in attack_findings(attack()) + control_findings(attack(), auroc(.5)):
@@ -63,6 +63,11 @@ def test_attack_table_without_columns():
 def test_shuffled_control_within_three_standard_errors(v, ok):
     assert (control_findings(attack(), auroc(v))[1].kind == 'holds') is ok
 
+def test_every_headline_says_what_it_counts():
+    s = {f'{c}.disease.auroc': auroc(.8) for c in ('raw', 'obfuscated', 'private')}
+    for f in control_findings(attack(), auroc(.5)) + utility_findings(s, SPENT):
+        if 'AUROC' in f.text: assert 'n = 200 images' in f.text
+
 @pytest.mark.parametrize('row', [None, {}, dict(value=.5), dict(value=.5, lo=None, hi=None)])
 def test_shuffled_control_missing(row): assert 'was not run' in control_findings(attack(), row)[1].text
 
@@ -77,6 +82,11 @@ def test_each_term_of_epsilon(term, name):
     assert t[name] == 'missing' and (t == 'missing').sum() == 1
     said = utility_findings({'private.disease.auroc': auroc(.8)}, {k: v for k,v in SPENT.items() if k != term})
     assert said[-1].kind == 'warning'
+
+def test_several_kinds_of_steps():
+    t = privacy_terms({**SPENT, 'steps': 30, 'noise_multiplier': None, 'extra': (), 'kinds': ((1., .1, 10), (2., .2, 20))})
+    assert t.value[t.term == 'steps of one kind'].tolist() == ['10 at rate 0.1 with noise multiplier 1', '20 at rate 0.2 with noise multiplier 2']
+    assert not {'extra', 'kinds', 'noise multiplier'} & set(t.term)
 
 def test_a_delta_is_written_with_few_digits(): assert privacy_terms({**SPENT, 'delta': 1/6000}).value[1] == '0.0001667'
 

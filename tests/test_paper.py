@@ -73,6 +73,16 @@ def test_a_missing_fact_is_an_error_not_a_gap(stage):
     for fact in set(FACTS[stage]) - optional:
         with pytest.raises(DataError, match=f"stage '{stage}' lacks"): methods_paragraph({stage: {k: v for k,v in FACTS[stage].items() if k != fact}})
 
+def test_several_noise_levels_are_said_one_by_one():
+    from dataclasses import asdict
+    from medprivacy.dp.account import PrivacySpent
+    spent = PrivacySpent(5.97, 1e-4, steps=1150, kinds=[(2., 1/6, 1000), (.8123, .25, 150)], extra=(20., 30.))
+    said = methods_paragraph(dict(train={k: v for k,v in SPENT.items() if k not in ('noise_multiplier', 'sample_rate')} | {k: v for k,v in asdict(spent).items() if v is not None}))
+    assert ('poisson sampling, 1\u202f150 steps in all: 1\u202f000 steps at rate 0.167 with noise multiplier 2 and 150 steps at rate 0.25 with noise multiplier 0.812; '
+            'with Gaussian queries of noise multiplier 20 and 30 on all patients): (ε = 5.97') in said
+    one = methods_paragraph(dict(train=SPENT | dict(extra=[20.], kinds=[])))
+    assert 'noise multiplier 1.36, poisson sampling at rate 0.2, 150 steps; with a Gaussian query of noise multiplier 20 on all patients)' in one
+
 def test_every_number_of_the_paragraph_is_in_the_record():
     numbers = set(re.findall(r'\d[\d\u202f.]*(?:e-?\d+)?', methods_paragraph(FACTS).replace('max(AUROC, 1', '').replace('95%', '')))
     said = {n.rstrip('.').replace('\u202f', '') for n in numbers}

@@ -186,3 +186,18 @@ def test_small_numbers_are_not_zero(make):
     add_summary(run, {'private.delta': 1e-5, 'obfuscated.mean_change': dict(value=.0421, n=64)})
     text = text_of(html_of(run))
     assert '1e-05' in text and 'Mean |Δ| per pixel, obfuscated images 0.042' in text
+
+def test_headlines_count_images(tmp_path):
+    "Attack and control are tested on the same images, two of each patient"
+    from medprivacy.leakage import leakage_table
+    from medprivacy.rank import fake_predictions
+    from medprivacy.study import _control, headline
+    preds = fake_predictions(60, ('sex',), auroc=.5)
+    preds.df['y_sex'] = preds.df.y_sex.mask(preds.df.patient_id.isin(preds.df.patient_id.unique()[:6]))     # not known of some
+    run = open_run(tmp_path/'r', dict(seed=1))
+    _control(run, preds, 'sex', 20)
+    t = leakage_table(preds, n_boot=20).iloc[0]
+    add_summary(run, {'raw.sex.leakage': dict(value=t.leakage, lo=t.lo, hi=t.hi, n=t.n)})
+    assert run.summary['control.sex.auroc']['n'] == t.n == 2*t.n_patients == run.summary['raw.sex.leakage']['n']
+    text = text_of(html_of(run))
+    assert 'result value [95 % interval] images in summary.json' in text and list(headline(run).images) == [t.n, t.n]

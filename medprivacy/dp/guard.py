@@ -27,12 +27,13 @@ def _check_numbers(s):
                     epochs=s.epochs, count_noise=s.count_noise)
     for k,v in positive.items():
         if v is None and k!='max_grad_norm': continue
-        if not 0 < v < float('inf'): raise ConfigError(f'{k} must be above 0, got {v}')
+        if v is None or not 0 < v < float('inf'): raise ConfigError(f'{k} must be above 0 and finite, got {v}')
     for k,v in dict(physical_bs=s.physical_bs, epochs=s.epochs).items():
         if v is not None and v != int(v): raise ConfigError(f'{k} must be a whole number, got {v}')
-    if s.noise_multiplier is not None and not s.noise_multiplier >= 0:
-        raise ConfigError(f'noise_multiplier must be 0 or more, got {s.noise_multiplier}')
-    if s.delta is not None and not 0 < s.delta < 1: raise ConfigError(f'delta must be in (0,1), got {s.delta}')
+    if s.noise_multiplier is not None and not 0 <= s.noise_multiplier < float('inf'):
+        raise ConfigError(f'noise_multiplier must be finite, 0 or more, got {s.noise_multiplier}')
+    if s.delta is not None and not 0 < s.delta < 1:
+        raise ConfigError(f'delta must be in (0,1), got {s.delta}: leave it out for 1/(10·units)')
 
 @dataclass(frozen=True)
 class DPSettings:
@@ -55,7 +56,8 @@ class DPSettings:
 
     def __post_init__(self):
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise ConfigError('give exactly one of target_epsilon and noise_multiplier')
+            raise ConfigError(f'give exactly one of target_epsilon and noise_multiplier, got {self.target_epsilon} and '
+                              f'{self.noise_multiplier}')
         _check_numbers(self)
         if self.unit not in ('patient', 'image'):
             raise ConfigError(f"unit must be 'patient' or 'image', got {self.unit!r}")
@@ -67,9 +69,11 @@ class DPSettings:
                               f"{self.pos_weight!r}")
         private = isinstance(self.pos_weight, str)
         if private and self.target_epsilon is None and self.count_noise is None:
-            raise ConfigError("pos_weight='private' with noise_multiplier= needs count_noise=, the noise of the counts")
+            raise ConfigError(f"pos_weight='private' with noise_multiplier={self.noise_multiplier} needs count_noise=, the "
+                              'noise of the counts, or target_epsilon= instead')
         if not private and self.count_noise is not None:
-            raise ConfigError("count_noise is for pos_weight='private'")
+            raise ConfigError(f"count_noise={self.count_noise} is for pos_weight='private', got {self.pos_weight!r}: leave "
+                              'count_noise out, or ask for private counts')
 
 # %% ../../nbs/40i_dp.guard.ipynb #fe2edc5b
 class Sealed:
@@ -80,7 +84,8 @@ class Sealed:
             raise ConfigError(f'{k} is one of the terms of ε, which to_private has fixed: make a new learner')
         super().__setattr__(k, v)
     def __delattr__(self, k):
-        if k in type(self).terms: raise ConfigError(f'{k} is one of the terms of ε: it cannot be deleted')
+        if k in type(self).terms: raise ConfigError(f'{k} is one of the terms of ε and cannot be deleted: make a '
+                                                           'new learner')
         super().__delattr__(k)
 
 def write(
@@ -112,14 +117,19 @@ def check_home(
     dl = learn.dls.train
     if (dl is not cb._train_dl or dl.dataset is not cb._dataset() or loader_bs(dl) != cb.sampler.bs
             or train_rows(dl) != len(cb.sampler.rows)):
-        raise ConfigError('the training loader or its batch size changed after to_private: ε would be wrong. '
-                          'Make a new learner')
+        raise ConfigError(f'the training loader changed after to_private (batch size {cb.sampler.bs} then, {loader_bs(dl)} '
+                          f'now; rows {len(cb.sampler.rows)} then, {train_rows(dl)} now; another loader or data set: '
+                          f'{dl is not cb._train_dl or dl.dataset is not cb._dataset()}): ε would be wrong. Make a new '
+                          'learner')
     if fingerprint(cb.sampler) != cb._fingerprint or cb.sampler.rate != cb.rate:
-        raise ConfigError('the sampler changed after to_private: ε would be wrong. Make a new learner')
+        raise ConfigError(f'the sampler changed after to_private ({cb._fingerprint} then, {fingerprint(cb.sampler)} now; '
+                          f'rate {cb.rate:.4g} then, {cb.sampler.rate:.4g} now): ε would be wrong. Make a new learner')
     known = {id(p) for p in learn.model.parameters()}
-    if learn.opt is not None and any(id(p) not in known for p in learn.opt.all_params().itemgot(0)):
-        raise ConfigError('the optimizer trains parameters that are not in the model, and would not be clipped: '
-                          'put them into the model')
+    strange = [p for p in learn.opt.all_params().itemgot(0) if id(p) not in known] if learn.opt is not None else []
+    if strange:
+        raise ConfigError(f'the optimizer trains {len(strange)} parameters that are not in the model (shapes '
+                          f'{[tuple(p.shape) for p in strange[:3]]}), and would not be clipped: put them into the model, or '
+                          'call learn.create_opt()')
 
 def remember(
     cb:object,       # `DPCallback` that has its sampler and loader

@@ -39,7 +39,8 @@ def _scan(path):
     "Records of the file, the hash of each, torn parts at the end, and whether the last line is complete"
     try: *lines, tail = path.read_bytes().decode(errors='replace').split('\n')
     except OSError as e:
-        raise CheckpointError(f'{path} cannot be read ({e}); give it back, ε is not known without it') from e
+        raise CheckpointError(f'{path} cannot be read ({e}): put the file back from a copy, ε is not known without '
+                              'it') from e
     records, chains, torn = [], [], 0
     for i,l in enumerate([*lines, tail] if tail else lines, 1):
         *parts, last = l.split(_SEP)
@@ -155,7 +156,8 @@ def spent(self:Ledger,
     accountant:str=None,     # 'prv', 'rdp' or 'gdp'; None: that of the latest training
 ) -> PrivacySpent:           # Of all trainings together; several kinds of step are listed in `kinds`
     "What all charged steps cost together, reserved and torn ones included"
-    if not self.facts: raise CheckpointError(f'{self.path} holds no training: is it the right file?')
+    if not self.facts:
+        raise CheckpointError(f'{self.path} holds no training: is it the right file? The first fit makes it')
     parts,delta,how = self.parts, delta or self.facts['δ'], accountant or self.facts['accountant']
     kinds = self._kinds()
     noise,rate = kinds[0][:2] if len(kinds) == 1 else (None,None)

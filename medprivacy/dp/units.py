@@ -94,8 +94,11 @@ def both_units(
     images:np.ndarray,     # Images of each patient in the training data, or (fewest, most)
 ) -> BothUnits:            # Both records
     "What a run promises to a patient, and to an image"
+    if spent.kinds:
+        raise ConfigError(f'spent holds several kinds of steps ({spent}), and the other unit is known for one kind only: '
+                          'train with one noise and one rate')
     if None in (spent.steps, spent.sample_rate, spent.noise_multiplier):
-        raise ConfigError('spent must name steps, sample_rate and noise_multiplier: take learn.dp.spent')
+        raise ConfigError(f'spent must name steps, sample_rate and noise_multiplier, got {spent}: take learn.dp.spent')
     eps = other_epsilon(spent.noise_multiplier, spent.sample_rate, spent.steps, spent.delta, drawn=spent.unit,
                         images=images, extra=spent.extra)
     other = PrivacySpent(**{**spent.__dict__, 'eps': eps, 'accountant': 'prv',

@@ -80,6 +80,24 @@ def test_a_failed_write_takes_no_step_and_counts(tmp_path, monkeypatch):
     led.begin(FACTS); led.charge(1.1, .1); led.close()
     assert Ledger(led.path).steps==5
 
+def test_answers_are_kept_and_count_nothing(tmp_path):
+    led = Ledger(tmp_path/'l.jsonl', block=3).begin(FACTS)
+    led.charge(20., 1., query='class counts')
+    assert led.answer('class counts') is None
+    led.charge(1.1, .1)
+    eps = led.spent().eps
+    led.keep('class counts', dict(pos=[1.5, -2.], unit='patient'))
+    assert led.charge(1.1, .1)==3 and led.spent().eps==eps                     # what was reserved is still there
+    led.close()
+    back = Ledger(led.path)
+    assert back.answer('class counts')==dict(pos=[1.5, -2.], unit='patient') and back.answer('other') is None
+    assert back.parts=={(20.,1.): 1, (1.1,.1): 3} and back.spent().extra==(20.,) and back.spent().kinds==()
+    text = led.path.read_text()
+    led.path.write_text(text[:text.index('"answer"')])                        # torn: counts as a block, and tells nothing
+    assert Ledger(led.path).answer('class counts') is None and Ledger(led.path).steps==6
+    led.path.write_text(text.replace('1.5', '2.5'))
+    with pytest.raises(CheckpointError, match='line 4'): Ledger(led.path)
+
 # ------------------------------------------------------------ damage
 
 def test_every_cut_of_the_last_two_records(tmp_path):
@@ -229,6 +247,7 @@ def test_a_further_training_stays_within_the_target_of_both(tmp_path):
     led.close()
     s = Ledger(led.path).spent()
     assert 5.9 < s.eps <= 6 and s.steps==70 and s.noise_multiplier is None and s.sample_rate is None
+    assert s.kinds==((1.1,.1,40), (noise,.2,30))
     with pytest.raises(BudgetError, match='nothing of the target'): plan_noise(led, 5.9, sample_rate=.2, steps=1, delta=1e-4, accountant='rdp')
 
 def test_a_known_seed_is_remembered(tmp_path):

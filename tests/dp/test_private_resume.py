@@ -298,6 +298,8 @@ def test_other_settings_add_up_when_asked(tmp_path):
     assert s.steps==30 and s.noise_multiplier is None and first.eps < s.eps and 5.9 < s.eps <= 6
     with pytest.raises(BudgetError): learn.fit(1)
     assert len(Ledger(path).parts)==2 and Ledger(path).spent()==s
+    assert s.kinds==((2.,1/6,12), (learn.dp.noise_multiplier,1/6,18)) and '12 of noise multiplier 2 at rate 0.1667' in str(s)
+    with pytest.raises(ConfigError, match='several kinds'): learn.dp.both
 
 def test_a_test_mode_is_marked_in_the_ledger(tmp_path):
     make(tmp_path, seed=3).fit(1)
@@ -327,15 +329,46 @@ def test_validation_within_a_fit_does_not_close_the_ledger(tmp_path):
     learn.validate(); learn.get_preds(); learn.fit(1)
     assert learn.dp.spent.steps==12
 
-def test_paid_label_weights_come_back(tmp_path):
-    def one(kill=0):
-        dls = dls_of()
-        for dl in dls.loaders: dl.dataset[:] = [(x, y.float()[None]) for x,y in dl.dataset]
-        learn = Learner(dls, nn.Linear(4,1), loss_func=nn.BCEWithLogitsLoss(), lr=.05)
-        learn.remove_cb(ProgressCallback); learn.logger = lambda o: None
-        learn.to_private(target_epsilon=8, epochs=4, ledger=tmp_path/'ledger.jsonl', accountant='rdp', pos_weight='private')
-        return fit(learn, tmp_path, kill=kill)
-    a, b = one(9), one()
+def label_learner(folder, ledger=None, target=8, **kw):
+    dls = dls_of()
+    for dl in dls.loaders: dl.dataset[:] = [(x, y.float()[None]) for x,y in dl.dataset]
+    learn = Learner(dls, nn.Linear(4,1), loss_func=nn.BCEWithLogitsLoss(), lr=.05)
+    learn.remove_cb(ProgressCallback); learn.logger = lambda o: None
+    return learn.to_private(target_epsilon=target, epochs=4, ledger=ledger or folder/'ledger.jsonl', accountant='rdp', pos_weight='private', **kw)
+
+@pytest.mark.parametrize('at', [2, 9])                # before the first checkpoint, and after it
+def test_paid_label_weights_come_back(tmp_path, at):
+    a, b = fit(label_learner(tmp_path), tmp_path, kill=at), fit(label_learner(tmp_path), tmp_path)
     assert torch.equal(a.loss_func.pos_weight, b.loss_func.pos_weight)
+    assert (tmp_path/'checkpoint.safetensors').exists() and (b.dp.counts is None) == (at==9)
+    if at==2: assert np.array_equal(b.dp.counts.pos, a.dp.counts.pos) and b.dp.counts.private
     s = b.dp.spent
     assert len(s.extra)==1 and s.steps==24 and 7.8 < s.eps <= 8
+
+def test_counts_stand_in_the_ledger_before_they_are_asked(tmp_path, monkeypatch):
+    import medprivacy.dp.budget as budget
+    real, seen = budget.private_class_counts, []
+    def asks(*args, **kw): seen.append([r.get('query', r['kind']) for r in Ledger(tmp_path/'ledger.jsonl')._records]); return real(*args, **kw)
+    monkeypatch.setattr(budget, 'private_class_counts', asks)
+    label_learner(tmp_path).fit(1)
+    assert seen==[['facts', 'class counts']]
+    def dies(*args, **kw): raise Killed('power cut')
+    monkeypatch.setattr(budget, 'private_class_counts', dies)
+    (tmp_path/'b').mkdir()
+    with pytest.raises(Killed): (learn := label_learner(tmp_path/'b')).fit(1)
+    learn.dp.ledger.close()
+    monkeypatch.undo()
+    assert len(Ledger(tmp_path/'b'/'ledger.jsonl').spent().extra)==1          # paid, and not known
+    with pytest.raises(BudgetError, match='another folder'): label_learner(tmp_path/'b').fit(1)
+    assert len(Ledger(tmp_path/'b'/'ledger.jsonl').spent().extra)==1
+
+def test_counts_of_a_further_training_are_within_its_target(tmp_path):
+    first = label_learner(tmp_path).to_public().to_private(noise_multiplier=2., ledger=tmp_path/'ledger.jsonl', accountant='rdp')
+    first.fit(2)
+    a = label_learner(tmp_path, Ledger(tmp_path/'ledger.jsonl', further=True), target=6, delta=first.dp.delta)
+    a.fit(4)
+    s = a.dp.spent
+    assert s.steps==36 and len(s.extra)==1 and 5.9 < s.eps <= 6 and a.dp.steps_left==0
+    b = label_learner(tmp_path, Ledger(tmp_path/'ledger.jsonl', further=True), target=9, delta=first.dp.delta)
+    b.fit(4)
+    assert b.dp.spent.extra==s.extra and 8.9 < b.dp.spent.eps <= 9 and np.array_equal(a.dp.counts.neg, b.dp.counts.neg)   # asked once
