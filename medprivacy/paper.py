@@ -157,6 +157,7 @@ def _steps_said(r):
 def _private_said(r):
     one = (f"A classifier ({r['arch']}) was trained for {_n(r['epochs'], 'epoch')} without privacy and for "
            f"{_n(r['private_epochs'], 'epoch')} with differentially private {_OPTIMIZER[r.get('optimizer', 'sgd')]}" +
+           (' of the last layer alone' if r.get('trained') == 'head' else '') +
            (f", both from {r['start']}" if r.get('start') else ''))
     if not r['private']: return f"{one} in test mode, with noise from a known seed: it has no privacy guarantee."
     more = f" Further targets gave ε = {_join([f'{e:.2f}' for e in r['all_eps'][1:]])}." if r['all_eps'][1:] else ''

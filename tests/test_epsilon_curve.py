@@ -110,7 +110,7 @@ def test_repeats_are_one_condition(tmp_path):
 def test_the_tuned_recipe_trains_the_last_layer_from_zero(tmp_path):
     run   = open_run(tmp_path/'run', DATA)
     recs  = tiny_records(36, size=32)
-    table = private_curve(run, recs, **{**DP_CXR_TUNED, **SMALL})
+    table = run_dp_cxr(run, recs, {**DP_CXR_TUNED, **SMALL})
     mean  = table[(table.label == 'macro') & (table['by'] == 'all')].set_index('condition')
     assert mean.auroc['untrained'] == mean.lo['untrained'] == mean.hi['untrained'] == .5 and mean.epsilon['private'] <= 8
     start, public, private = [_read_state(f) for f in (run.path/'start'/'weights.safetensors',
@@ -121,6 +121,7 @@ def test_the_tuned_recipe_trains_the_last_layer_from_zero(tmp_path):
     whole = probe_predictions(model, records_dls(recs, size=32, device='cpu'), ProbeLoss('binary'), recs.labels, 'm')
     kept  = load_predictions(run.path/'predictions'/'disease.parquet', recs.labels, 'multilabel').df.query('model == "private"')
     assert np.allclose(whole.df.score_opacity, kept.score_opacity, atol=1e-5) and kept.score_opacity.std() > 0
+    assert 'NAdam of the last layer alone, both from weights' in (run.path/'methods.txt').read_text(encoding='utf-8')
     assert run.record['train']['trained'] == 'head' and run.record['train']['private_lr'] == DP_CXR_TUNED['private_lr']
 
 def test_what_would_void_epsilon_is_refused_before_work(tmp_path):
