@@ -34,11 +34,12 @@ from .probe import ProbeLoss, probe_predictions, train_probe
 from .resample import interval
 
 # %% ../nbs/63_frontier.ipynb #20a11366
+_NARROW = dict(width=.25)     # Of the viewmakers: a sixteenth of the published network's work
 _PUBLISHED = dict(maker='viewmaker', attack='negative', archs=('small_resnet',), attacker_steps=1, attackers_first=True)
 TRAINED = {'published': _PUBLISHED, 'frequency': _PUBLISHED, 'confusion': dict(maker='viewmaker', attack='confusion'),
-           'bottleneck': dict(maker='bottleneck', attack='confusion')}
+           'bottleneck': dict(maker='bottleneck', attack='confusion'), 'redraw': dict(maker='redraw')}
 STRENGTHS = {'published': (.05, .1, .2), 'frequency': (.05, .1, .2), 'confusion': (.05, .1, .2),
-             'bottleneck': (.5, 1., 2.), 'noise': (.05, .15, .4), 'blur': (.03, .06, .12),
+             'bottleneck': (.5, 1., 2.), 'redraw': (.25, .5, 1.), 'noise': (.05, .15, .4), 'blur': (.03, .06, .12),
              'pixelate': (.06, .125, .25), 'flow': (.06, .12, .25)}
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ def point_mechanism(
     if point.mechanism in MECHANISMS: return make_mechanism(point.mechanism, point.strength)
     how = dict(TRAINED[point.mechanism])
     if how['maker'] == 'viewmaker':
-        args = dict(distortion_budget=point.strength, frequency_domain=point.mechanism == 'frequency')
-        return train_obfuscator(records, attribute, maker_args=args, seed=point.seed, **how, **kwargs)
-    return train_obfuscator(records, attribute, weight=point.strength, seed=point.seed, **how, **kwargs)
+        how['maker_args'] = dict(_NARROW, distortion_budget=point.strength,
+                                 frequency_domain=point.mechanism == 'frequency')
+        return train_obfuscator(records, attribute, seed=point.seed, **how, **kwargs)
+    how |= dict(maker_args=dict(strength=point.strength)) if how['maker'] == 'redraw' else dict(weight=point.strength)
+    return train_obfuscator(records, attribute, seed=point.seed, **how, **kwargs)
 
 # %% ../nbs/63_frontier.ipynb #a918b4f3
 def image_quality(
@@ -176,22 +179,25 @@ def run_frontier(
     attribute:str='sex',       # What is hidden
     plan:list=None,            # Of `frontier_plan`; None: its default
     effort:Effort=Effort(),    # Epochs and sizes
+    seconds:dict=None,         # Mechanism → seconds of a point, if reckoned before; None: those of other points
 ) -> pd.DataFrame:             # mechanism, strength, seed, mean_change, psnr, ssim, seconds
     "Run all points of a plan; those that are stored are not run again"
     plan = plan or frontier_plan()
     todo = [p for p in plan if not (run.path/'points'/f'{p.name}.json').exists()]
     print(f'{len(plan)} points, {len(plan)-len(todo)} of them stored; '
           f'{len({p.mechanism for p in plan})-1} mechanisms, seeds {sorted({p.seed for p in plan})}', flush=True)
-    rows, cost = [], []
+    rows, cost = [], {}
     for p in plan:
         new = p in todo
         if new: print(f'▸ {p.name} …', flush=True)
         o = run_point(run, records, attribute, p, effort)
         rows.append(dict(mechanism=p.mechanism, strength=p.strength, seed=p.seed,
                          **{k: v for k,v in o.items() if k != 'facts'}))
-        cost.append(o['seconds'])
-        left = sum(q in todo for q in plan[len(rows):])
-        if new: print(f"  {o['seconds']:.0f} s; about {np.mean(cost)*left/60:.0f} min to go", flush=True)
+        cost.setdefault(p.mechanism, []).append(o['seconds'])
+        each = {**(seconds or {}), **{m: np.mean(v) for m,v in cost.items()}}
+        mean = np.mean(sum(cost.values(), []))
+        left = sum(each.get(q.mechanism, mean) for q in plan[len(rows):] if q in todo)
+        if new: print(f"  {o['seconds']:.0f} s; about {left/60:.0f} min to go", flush=True)
     table = pd.DataFrame(rows)
     add_table(run, 'points', table)
     return table
@@ -270,7 +276,7 @@ def matched_table(
     out  = chosen.merge(test, on=['mechanism', 'strength']).sort_values('leakage')
     return pd.concat([test[test.mechanism == 'raw'], out], ignore_index=True)
 
-# %% ../nbs/63_frontier.ipynb #7226899d
+# %% ../nbs/63_frontier.ipynb #5b28a387
 def _leaks(run, mechanism, strength, n_boot):
     "Leakage, mean over the seeds of a sweep, its resamples, and the number of patients"
     p = pd.read_csv(run.path/'tables'/'points.csv').query('mechanism == @mechanism and strength == @strength')

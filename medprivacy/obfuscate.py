@@ -23,11 +23,13 @@ from .data.core import Records
 from .data.load import records_dls
 from .game import BottleneckGame, ViewmakerGame, focal_losses, game_learner, n_outputs
 from .models.bottleneck import Bottleneck
+from .models.redraw import Redraw
 from .models.viewmaker import Viewmaker
+from .redraw import fit_redraw
 from .train import check_precision, checkpoint_cbs, in_precision
 
 # %% ../nbs/30_obfuscate.ipynb #ff95d9da
-_MAKERS = {'viewmaker': Viewmaker, 'bottleneck': Bottleneck}
+_MAKERS = {'viewmaker': Viewmaker, 'bottleneck': Bottleneck, 'redraw': Redraw}
 
 @dataclass(repr=False)
 class Obfuscator:
@@ -38,6 +40,14 @@ class Obfuscator:
     patients: frozenset = field(default=frozenset())    # Training patients, never stored
 
     def __post_init__(self): self.maker.eval().requires_grad_(False)
+    @property
+    def attribute(self):
+        "What it hides; `records_dls` tells a maker that asks for it"
+        return self.config.get('attribute', 'sex')
+    @property
+    def median(self):
+        "Age at which 'age>median' parts, years"
+        return self.config.get('median')
     def __repr__(self): return 'Obfuscator({maker!r}, attribute={attribute!r}, {args})'.format(**self.config)
     def __call__(self, x, cond=None, generator=None):
         c = self.config['args']['num_channels']
@@ -45,7 +55,8 @@ class Obfuscator:
         if len(x) and not (0 <= x.amin() and x.amax() <= 1):
             raise DataError(f'images must be in [0,1], got [{x.amin():.3g}, {x.amax():.3g}]')
         if not len(x): return x
-        with torch.no_grad(): return self.maker.to(x.device)(x, generator=generator).clamp(0, 1)
+        more = dict(cond=cond) if isinstance(self.maker, Redraw) else {}
+        with torch.no_grad(): return self.maker.to(x.device)(x, generator=generator, **more).clamp(0, 1)
 
 # %% ../nbs/30_obfuscate.ipynb #41422131
 def _save(self:Obfuscator, folder:str|Path) -> Path:
@@ -93,8 +104,8 @@ def _game(maker, args, archs, dls, size, n, disease=None):
 def _check_game(maker, archs, epochs, disease):
     if epochs < 1: raise ConfigError(f'epochs must be at least 1, got {epochs}')
     if not archs: raise ConfigError('the game needs at least one attacker')
-    if disease is not None and maker == 'bottleneck':
-        raise ConfigError("a trained disease classifier is for maker='viewmaker'; the bottleneck's learns with it")
+    if disease is not None and maker != 'viewmaker':
+        raise ConfigError("a trained disease classifier is for maker='viewmaker'; that of the others learns with it")
 
 def _losses(dls, records, focal):
     "What `focal` asks for, with weights from the training images; nothing: cross-entropies"
@@ -108,9 +119,9 @@ def train_obfuscator(
     records:Records,              # With a split; only part 'defence' is used
     attribute:str='sex',          # What to hide: 'sex' or 'age>median'
     *,
-    maker:str='bottleneck',       # or 'viewmaker', the published network
-    maker_args:dict=None,         # Of the maker, e.g. dict(distortion_budget=.1) or dict(code=16)
-    attack:str='confusion',       # Attack term: 'confusion', 'negative' (published), 'prior', 'entropy'
+    maker:str='bottleneck',       # 'redraw', or 'viewmaker', the published network
+    maker_args:dict=None,         # Of the maker, e.g. dict(distortion_budget=.1), dict(code=16), dict(strength=.5)
+    attack:str='confusion',       # Attack term (a redraw has none): 'confusion', 'negative' (published), 'prior', 'entropy'
     weight:float=1.,              # Of the attack term
     use_disease:bool=True,        # False: the published X-ray form, where nothing protects the disease
     archs:tuple=('small_resnet',)*3,   # Attackers of the game (for the bottleneck only their number counts)
@@ -141,6 +152,13 @@ def train_obfuscator(
                                          precision=precision)]
     seed_everything(seed)
     dls = records_dls(defence, (attribute, 'labels'), size, bs, device=device)
+    told = dict(attribute=attribute, median=dls.median_age, task=records.task, epochs=epochs, precision=precision,
+                size=size, seed=seed, data=records.name, n_images=len(dls.train.dataset),
+                n_patients=len(set(dls.train_patients)))
+    if maker == 'redraw':
+        args, net, hist = fit_redraw(defence, attribute, maker_args, epochs=epochs, size=size, bs=bs, seed=seed,
+                                     device=device, precision=precision, progress=progress, dls=dls, cbs=cbs)
+        return Obfuscator(net, dict(maker=maker, args=args, attack='none', attackers=0, **told), hist, frozenset(defence.df.patient_id))
     args, game = _game(maker, maker_args, archs, dls, size, n_outputs(records), disease)
     learn = game_learner(dls, game, attack, weight, use_disease, attacker_steps, attackers_first, cbs, update=update,
                          attacker_lr=attacker_lr, classes=records.task == 'multiclass', **_losses(dls, records, focal))
@@ -150,9 +168,7 @@ def train_obfuscator(
         learn.fit_one_cycle(epochs, lr, pct_start=.15)
     rec  = learn.recorder
     hist = pd.DataFrame([list(map(float, v)) for v in rec.values], columns=list(rec.metric_names)[1:-1])
-    config = dict(maker=maker, args=args, attribute=attribute, attack=attack, weight=weight, use_disease=use_disease,
-                  epochs=epochs, attackers=len(archs), attacker_steps=attacker_steps, attackers_first=attackers_first,
-                  update=update, focal=focal, task=records.task, trained_disease=disease is not None,
-                  precision=precision, size=size, seed=seed, data=records.name,
-                  n_images=len(dls.train.dataset), n_patients=len(set(dls.train_patients)))
+    config = dict(maker=maker, args=args, attack=attack, weight=weight, use_disease=use_disease, update=update,
+                  attackers=len(archs), attacker_steps=attacker_steps, attackers_first=attackers_first,
+                  focal=focal, trained_disease=disease is not None, **told)
     return Obfuscator(game.maker.cpu(), config, hist.assign(epoch=range(len(hist))), frozenset(defence.df.patient_id))

@@ -122,7 +122,8 @@ class Undone:
         net:nn.Module,         # Of `train_inverter`
     ):
         self.mechanism, self.net = mechanism, net.eval().requires_grad_(False)
-        self.patients = getattr(mechanism, 'patients', frozenset())
+        for k in ('patients', 'attribute', 'median'):
+            if hasattr(mechanism, k): setattr(self, k, getattr(mechanism, k))
     def __call__(self, x, cond=None, generator=None):
         y = self.mechanism(x, cond, generator)
         return self.net.to(y.device)(y) if len(y) else y
@@ -132,7 +133,7 @@ class _ReleaseCallback(Callback):
     def __init__(self, mechanism): self.mechanism = mechanism
     def before_batch(self):
         x, = self.xb
-        with torch.no_grad(): self.learn.xb = (self.mechanism(x, self.yb[0].float()),)
+        with torch.no_grad(): self.learn.xb = (self.mechanism(x, self.yb[0].float().view(-1)),)
         self.learn.yb = (x,)
 
 # %% ../nbs/31a_panel.ipynb #da405f4e
@@ -149,7 +150,8 @@ def train_inverter(
 ) -> Undone:                   # Release, then lead back
     "Train a network to lead releases back to originals"
     seed_everything(seed)
-    dls   = records_dls(records, 'sex', size, bs, device=device)
+    dls   = records_dls(records, getattr(mechanism, 'attribute', 'sex'), size, bs, device=device,
+                        median=getattr(mechanism, 'median', None))
     learn = Learner(dls, Inverter(dls.train.dataset.x.shape[-3]), loss_func=nn.MSELoss(), opt_func=Adam, lr=lr,
                     cbs=[_ReleaseCallback(mechanism)])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)

@@ -47,7 +47,7 @@ def check_epsilons(
     return eps
 
 # %% ../nbs/64_settings.ipynb #033953e3
-_NAMES = dict(attribute=('sex', 'age>median'), maker=('bottleneck', 'viewmaker'), attack=tuple(ATTACKS),
+_NAMES = dict(attribute=('sex', 'age>median'), maker=('bottleneck', 'redraw', 'viewmaker'), attack=tuple(ATTACKS),
               unit=('patient', 'image'), modality=('cxr', 'fundus'), unreadable=('raise', 'quarantine'),
               precision=PRECISIONS, wandb=('off', 'offline', 'online'))
 
