@@ -1,0 +1,60 @@
+"A redraw hides what a bottleneck of a game leaves, keeps the disease, and is told the attribute it hides"
+import numpy as np
+import pytest
+import torch
+from medprivacy.attack import attack_attribute
+from medprivacy.data.core import Records
+from medprivacy.data.load import median_age, records_dls, release_condition
+from medprivacy.data.phantom import tiny_records
+from medprivacy.obfuscate import Obfuscator, train_obfuscator
+from medprivacy.panel import train_inverter
+from medprivacy.probe import mean_auroc, train_probe
+
+HOW = dict(maker='redraw', size=32, bs=16, epochs=4, device='cpu')
+
+def auc(preds):
+    d = preds.df[preds.df.split == 'test']
+    return mean_auroc(*(d[[f'{k}_{l}' for l in preds.labels]].to_numpy() for k in ('score', 'y')))
+
+def test_it_hides_sex_and_keeps_the_disease():
+    recs = tiny_records(n=260, size=32, attack=.5, fracs=(.5, .2, .3), labels=['effusion'], seed=1)
+    obf  = train_obfuscator(recs, **{**HOW, 'epochs': 8, 'maker_args': dict(teachers=('small_resnet',))})
+    how  = dict(size=32, bs=16, epochs=6, device='cpu', draws=2)
+    raw, hid = (auc(attack_attribute(recs, 'sex', o, ('small_resnet',), **how)) for o in (None, obf))
+    use = auc(train_probe(recs.select(part='attack'), 'labels', mechanism=obf, **how).preds)
+    assert raw > .85 and abs(hid-.5) < .2 and use > .75      # n = 78 images: 3 standard errors of 0.5 are 0.2
+    assert set(obf.history.model) == {'teacher 0', 'decoder'} and obf.config['attackers'] == 0
+
+def test_it_is_told_what_it_hides(tmp_path):
+    recs = tiny_records(n=60, size=32, attack=.4)
+    obf  = train_obfuscator(recs, 'age>median', **HOW)
+    assert obf.attribute == 'age>median' and obf.median == median_age(recs.select(part='defence'))
+    part = recs.select(part='attack')
+    np.testing.assert_array_equal(release_condition(part, obf), (part.df.age > obf.median).astype(float))
+    np.testing.assert_array_equal(release_condition(part, None), (part.df.sex == 'F').astype(float))
+    back = Obfuscator.load(obf.save(tmp_path))
+    x, g = torch.rand(3, 1, 32, 32), lambda: torch.Generator().manual_seed(2)
+    for c in (None, torch.tensor([0., 1., float('nan')])): assert torch.equal(obf(x, c, g()), back(x, c, g()))
+    assert back.attribute == obf.attribute and back.median == obf.median
+    undone = train_inverter(part, obf, size=32, epochs=1, bs=16, device='cpu')
+    assert undone.attribute == 'age>median' and undone(x).shape == x.shape
+
+def test_unknown_sex_is_released_as_everybodys():
+    recs = tiny_records(n=40, size=32, attack=.4)
+    obf  = train_obfuscator(recs, **HOW)
+    part = recs.select(part='attack')
+    df   = part.df.assign(sex=np.where(np.arange(len(part)) % 3 == 0, None, part.df.sex))
+    odd  = Records(df, part.root, part.labels, part.task, part.name)
+    dls  = records_dls(odd, 'labels', 32, 8, mechanism=obf, draws=1, device='cpu')
+    assert len(dls.train.dataset) == (df.split == 'train').sum()
+
+def test_classes_and_colour():
+    eyes   = tiny_records(n=40, size=32, modality='fundus', attack=.5)
+    grades = Records(eyes.df.assign(grade=eyes.df[list(eyes.labels)].sum(axis=1).clip(upper=2)), eyes.root, ('grade',), 'multiclass', 'graded')
+    obf = train_obfuscator(grades, **{**HOW, 'epochs': 1})
+    assert obf.config['args']['code'] == 3 and obf(torch.rand(2, 3, 32, 32)).shape == (2, 3, 32, 32)
+
+def test_the_same_seed_gives_the_same_redraw():
+    recs = tiny_records(n=30, size=32, attack=.4)
+    one, two, three = (train_obfuscator(recs, **{**HOW, 'epochs': 1, 'seed': s}).maker.state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(one[k], two[k]) for k in one) and not all(torch.equal(one[k], three[k]) for k in one)
