@@ -9,6 +9,7 @@ __all__ = ['DPSettings', 'Sealed', 'write', 'fingerprint', 'check_home', 'rememb
 # %% ../../nbs/40i_dp.guard.ipynb #4468c2e7
 import hashlib, weakref
 from dataclasses import dataclass
+from numbers import Real
 
 from fastai.callback.fp16 import MixedPrecision, ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -22,6 +23,10 @@ from .sample import PoissonSampler, loader_bs, train_rows
 from .step import check_step
 
 # %% ../../nbs/40i_dp.guard.ipynb #d686617a
+def _check_kinds(s):
+    for k in ('target_epsilon', 'noise_multiplier', 'delta', 'max_grad_norm', 'physical_bs', 'epochs', 'count_noise'):
+        if not isinstance(v := getattr(s, k), (Real, type(None))): raise ConfigError(f'{k} must be a number, got {v!r}')
+
 def _check_numbers(s):
     positive = dict(target_epsilon=s.target_epsilon, max_grad_norm=s.max_grad_norm, physical_bs=s.physical_bs,
                     epochs=s.epochs, count_noise=s.count_noise)
@@ -58,7 +63,7 @@ class DPSettings:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ConfigError(f'give exactly one of target_epsilon and noise_multiplier, got {self.target_epsilon} and '
                               f'{self.noise_multiplier}')
-        _check_numbers(self)
+        _check_kinds(self); _check_numbers(self)
         if self.unit not in ('patient', 'image'):
             raise ConfigError(f"unit must be 'patient' or 'image', got {self.unit!r}")
         if self.accountant not in ACCOUNTANTS:

@@ -55,9 +55,8 @@ class PrivateCheckpointCallback(CheckpointCallback):
     def pending(self): return self.resume and self.file.exists()
     def before_fit(self):
         if self.learn.lock.locked(): return    # validate and get_preds send this event too
-        ledger = _checked(self)
-        try: self._open(ledger)
-        except MedPrivacyError: ledger.close(); raise
+        try: self._open(_checked(self))
+        except MedPrivacyError: _let_go(self.learn); raise
     def _look(self, ledger):
         "The state to go on from, checked, and as bytes for other ranks; only on rank 0"
         self.known = {**_known(self.learn), **self.facts}
@@ -113,6 +112,10 @@ def _checked(cb):
             raise CheckpointError(f'{cb.file} exists: pass resume=True to go on from it, or use another folder')
     first_rank(is_free)
     return ledger
+
+def _let_go(learn):
+    "Leave no lock behind a fit that was refused"
+    if (ledger := getattr(getattr(learn, 'dp', None), 'ledger', None)) is not None: ledger.close()
 
 def _read_bytes(data, name, device):
     "A checkpoint that another rank has read"

@@ -261,7 +261,8 @@ def test_save_and_load_weights(tmp_path):
 
 @pytest.mark.parametrize('kw', [dict(), dict(target_epsilon=1, noise_multiplier=1), dict(target_epsilon=0), dict(noise_multiplier=-1), dict(noise_multiplier=float('nan')),
     dict(noise_multiplier=1, delta=1/40), dict(noise_multiplier=1, delta=0), dict(noise_multiplier=1, max_grad_norm=0), dict(noise_multiplier=1, unit='site'),
-    dict(noise_multiplier=1, physical_bs=0), dict(noise_multiplier=1, accountant='x'), dict(noise_multiplier=1, patients=np.arange(3)), dict(target_epsilon=1, epochs=0)])
+    dict(noise_multiplier=1, physical_bs=0), dict(noise_multiplier=1, accountant='x'), dict(noise_multiplier=1, patients=np.arange(3)), dict(target_epsilon=1, epochs=0),
+    dict(target_epsilon='8'), dict(noise_multiplier=float('inf')), dict(noise_multiplier=1, epochs='2'), dict(noise_multiplier=1, count_noise=3.)])
 def test_settings_are_checked_at_the_door(kw):
     learn = learner()
     with pytest.raises(ConfigError): learn.to_private(**kw)

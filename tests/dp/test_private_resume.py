@@ -256,8 +256,10 @@ def test_another_fit_or_network_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match='n_epoch: 4 then, 5 now'): fit(make(tmp_path), tmp_path, epochs=5)
     with pytest.raises(CheckpointError, match='schedule'): fit(make(tmp_path), tmp_path, lr=.1)
     with pytest.raises(CheckpointError, match='model'): fit(make(tmp_path, width=9), tmp_path)
-    with pytest.raises(CheckpointError, match='resume=True'): fit(make(tmp_path), tmp_path, resume=False)
-    fit(make(tmp_path), tmp_path)
+    refused = make(tmp_path)
+    with pytest.raises(CheckpointError, match='resume=True'): fit(refused, tmp_path, resume=False)
+    fit(make(tmp_path), tmp_path)                                             # while it is still there: no lock is left behind
+    assert refused.dp.ledger.steps==5
 
 def test_a_ledger_of_another_run_or_a_shorter_one(tmp_path):
     for o in 'ab': (tmp_path/o).mkdir(); fit(make(tmp_path/o), tmp_path/o, kill=9)

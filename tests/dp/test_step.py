@@ -15,7 +15,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD, Adam, Lookahead, OptimWrapper, RAdam, ranger
 from torch import nn
 import medprivacy.dp.callback  # noqa: F401
-from medprivacy.core import ConfigError, UnsupportedUnderDP
+from medprivacy.core import BudgetError, ConfigError, UnsupportedUnderDP
 from medprivacy.dp.average import EMACallback
 from medprivacy.dp.sample import PoissonSampler
 from medprivacy.dp.step import clip_step
@@ -215,13 +215,59 @@ def test_schedules(fit):
     else: learn.fit_flat_cos(3)
     assert learn.dp.spent.steps==15 and learn.dp.spent.eps <= 8
 
-def test_wandb(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings('ignore::ResourceWarning', 'ignore::DeprecationWarning')    # wandb's service process
+def test_wandb_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip('wandb')
-    from fastai.callback.wandb import WandbCallback
-    monkeypatch.chdir(tmp_path)
-    run = wandb.init(mode='disabled', dir=str(tmp_path))
-    try: check_fits(learner().to_private(8., epochs=3, delta=1e-3), 'fit', WandbCallback(log=None, log_preds=False, log_model=False))
-    finally: run.finish()
+    from medprivacy.log import wandb_run
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setenv('WANDB_MODE', 'offline')
+    learn = learner().to_private(8., epochs=3, delta=1e-3)
+    with wandb_run(tmp_path/'w', dict(lr=.01)) as cbs:
+        learn.add_cbs(cbs); check_fits(learn, 'fit')
+        last = dict(wandb.run.summary)
+    assert last['epsilon']==learn.dp.spent.eps and last['train_loss']==learn.recorder.values[-1][0]      # ε is logged as in the table
+    assert list((tmp_path/'w').rglob('*.wandb')) and any('WandbCallback' in q for q in learn.dp.unaccounted)
+
+@pytest.mark.parametrize('how', ['argument', 'in_precision'])
+def test_a_fit_in_bfloat16(how):
+    def run(kind, **kw):
+        learn = learner(opt_func=SGD).to_private(noise_multiplier=0, max_grad_norm=.5, seed=1, **kw)
+        with in_precision(kind, learn.model): learn.fit(2, .1)
+        return learn
+    whole = run('fp32')
+    learn = run('fp32', precision='bf16') if how=='argument' else run('bf16')
+    a, b, start = weights(learn), weights(whole), weights(learner())
+    assert a.dtype==torch.float32 and not torch.equal(a, b) and (a-b).norm() < .05*(b-start).norm()
+    assert learn.dp.spent.steps==whole.dp.spent.steps==10 and 'forward' not in vars(learn.model)
+    noisy = learner().to_private(8., epochs=3, delta=1e-3, precision='bf16')
+    check_fits(noisy, 'fit_one_cycle')
+    assert 7.9 < noisy.dp.spent.eps <= 8 and noisy.to_public().get_preds()[0].dtype==torch.float32
+
+def test_saved_weights_are_those_of_a_charged_step(tmp_path):
+    class Keeps(Callback):
+        def after_epoch(self): kept.append((weights(self.learn), self.learn.dp.spent.steps))
+    kept, learn = [], learner(path=tmp_path).to_private(8., epochs=4, delta=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        learn.fit_one_cycle(4, .05, cbs=[SaveModelCallback(monitor='accuracy', with_opt=False), Keeps()])
+    best = int(np.argmax([v[2] for v in learn.recorder.values]))
+    assert torch.equal(weights(learn), kept[best][0]) and [n for _,n in kept]==[5,10,15,20]
+    assert learn.dp.spent.steps==20                        # the best one was chosen among all, and all are paid for
+
+def test_the_way_back_to_an_ordinary_learner():
+    learn = learner().to_private(8., epochs=3, delta=1e-3)
+    with pytest.raises(BudgetError, match='lr_find'): learn.lr_find(show_plot=False)
+    learn.fit_one_cycle(2, .01)
+    with pytest.raises(BudgetError, match='lr_find'): learn.lr_find(show_plot=False)
+    learn.fit_one_cycle(1, .01)
+    assert learn.dp.spent.steps==15 and [n for n in learn.recorder.metric_names if n=='epsilon']==['epsilon']
+    before, spent = weights(learn), learn.dp.spent
+    learn.to_public()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)   # fastai's load names a numpy module that has moved
+        found = learn.lr_find(num_it=12, stop_div=False, show_plot=False)
+    assert 0 < found.valley < 10 and torch.equal(before, weights(learn)) and learn._dp_past==spent
+    learn.fit(1)
+    assert not torch.equal(before, weights(learn)) and 'epsilon' not in learn.recorder.metric_names
 
 def test_a_buffer_that_carries_images_is_refused():
     class Remembers(nn.Module):
