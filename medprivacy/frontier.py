@@ -224,7 +224,8 @@ def _use(preds, model, split, n_boot):
     s = scores_of(preds, model=model, split=split)
     a, d = _draws(s.y, s.score, s.df.patient_id.to_numpy(), n_boot)
     if np.isnan(a).all(): raise DataError(f'no finding has both kinds of image on {split!r}; choose other labels')
-    return np.nanmean(a), np.nanmean(d[:,~np.isnan(a)], 1)
+    d = np.ma.masked_invalid(d[:,~np.isnan(a)])
+    return np.nanmean(a), d.mean(1).filled(np.nan)    # a resample may hold one kind only of every finding
 
 def _of_point(run, p, split, n_boot, raw):
     told = load_predictions(run.path/'points'/f'{p.name}-attack.parquet')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_seeds', 'read_strengths', 'read_shares', 'medprivacy_frontier']
 
-# %% ../nbs/70a_frontier_cli.ipynb #4278a5e6
+# %% ../nbs/70a_frontier_cli.ipynb #0631290a
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +24,7 @@ from .settings import check_settings
 from .sweep import (Sweep, check_patients, check_sweep, plan_table, plan_text, point_seconds, rare_findings,
                               sweep_effort, untrained, with_findings)
 
-# %% ../nbs/70a_frontier_cli.ipynb #42e76d46
+# %% ../nbs/70a_frontier_cli.ipynb #6b572532
 def read_seeds(
     text:str,      # e.g. '1,2'; 'none' or '': none
     name:str,      # Of the option
@@ -56,7 +56,7 @@ def read_shares(
         raise ConfigError(f'--fracs must be three shares above 0 that sum to 1, got {text!r}')
     return v
 
-# %% ../nbs/70a_frontier_cli.ipynb #5652e9ce
+# %% ../nbs/70a_frontier_cli.ipynb #9d697037
 _FRACS, _SHARE = '.5,.2,.3', .6
 
 def _split(fracs, attack_share, resume):
@@ -90,7 +90,17 @@ def _scratch(out, keep):
     else:
         with tempfile.TemporaryDirectory() as d: yield Path(d)/'plan'
 
-# %% ../nbs/70a_frontier_cli.ipynb #4c503e91
+# %% ../nbs/70a_frontier_cli.ipynb #847a155a
+def _sweep(attribute, mechanisms, strengths, seeds, more_seeds, most_loss):
+    "What was asked for, checked without any data"
+    asked = tuple(split_items(mechanisms)) if mechanisms is not None else None
+    sweep = Sweep(asked or (), read_strengths(strengths), read_seeds(seeds, 'seeds'),
+                  read_seeds(more_seeds, 'more_seeds'), most_loss=most_loss)
+    if asked is None: sweep = replace(sweep, mechanisms=untrained(attribute or 'sex'))
+    check_sweep(sweep)
+    return replace(sweep, mechanisms=untrained(attribute or 'sex', sweep.mechanisms))
+
+# %% ../nbs/70a_frontier_cli.ipynb #5852b462
 @call_parse
 @one_line_errors
 @delegates(data_args)
@@ -131,19 +141,11 @@ def medprivacy_frontier(
         recs, found, todo = _checked(run, a, sweep, effort, min_cases, size=one['size'], bs=bs, device=device)
         print(recs)
         if not plan: _store(run, sweep, todo, recs, dict(n_boot=n_boot, device=device))
-        print(plan_text(plan_table(run, sweep, point_seconds(run, recs, a, sweep, todo, keep=not plan))), flush=True)
+        seconds = point_seconds(run, recs, a, sweep, todo, keep=not plan)
+        print(plan_text(plan_table(run, sweep, seconds)), flush=True)
         if plan: return
-        run_sweep(run, recs, a, sweep, todo)
+        run_sweep(run, recs, a, sweep, todo, seconds)
         best = write_sweep(run, recs, a, sweep, found, n_boot)
     show_table(best[['mechanism', 'strength', 'seeds', 'leakage', 'leakage_lo', 'leakage_hi', 'retrained', 'loss', 'n',
                      'n_patients']].round(3))
     print(f'page: {run.path/"frontier.html"}')
-
-def _sweep(attribute, mechanisms, strengths, seeds, more_seeds, most_loss):
-    "What was asked for, checked without any data"
-    asked = tuple(split_items(mechanisms)) if mechanisms is not None else None
-    sweep = Sweep(asked or (), read_strengths(strengths), read_seeds(seeds, 'seeds'),
-                  read_seeds(more_seeds, 'more_seeds'), most_loss=most_loss)
-    if asked is None: sweep = replace(sweep, mechanisms=untrained(attribute or 'sex'))
-    check_sweep(sweep)
-    return replace(sweep, mechanisms=untrained(attribute or 'sex', sweep.mechanisms))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mechanism_looks', 'draw_frontier', 'frontier_findings', 'sweep_controls', 'write_frontier_page']
 
-# %% ../nbs/63a_frontier_page.ipynb #804b8135
+# %% ../nbs/63a_frontier_page.ipynb #c136c63f
 from itertools import cycle
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .page import bullets, embed_figure, html_page, html_table, section
 from .report import KINDS
 from .style import LOOKS, Look, need_columns
 
-# %% ../nbs/63a_frontier_page.ipynb #3ff88bbb
+# %% ../nbs/63a_frontier_page.ipynb #785a7513
 _OURS = {'published': Look('#D55E00', 's', '', '--'), 'frequency': Look('#E69F00', 'D', '', '-.'),
          'confusion': Look('#CC79A7', 'P', '', '--'), 'bottleneck': Look('#009E73', '^', '', '-'),
          'blur': Look('#999999', '<', '', ':'), 'pixelate': Look('#000000', 'X', '', ':'),
@@ -38,7 +38,7 @@ def mechanism_looks(
     spare = cycle(_MORE)
     return {m: LOOKS['raw'] if m == 'raw' else _OURS.get(m) or LOOKS.get(m) or next(spare) for m in names}
 
-# %% ../nbs/63a_frontier_page.ipynb #e4d4c151
+# %% ../nbs/63a_frontier_page.ipynb #da3295d2
 @styled
 def draw_frontier(
     table:pd.DataFrame,         # As `frontier_table` returns it
@@ -65,7 +65,8 @@ def draw_frontier(
         ax.plot([], [], marker=k.marker, ls='' if name == 'raw' else k.line, color=k.colour, label=name)
     level_line(ax)
     raw = table.retrained[table.mechanism == 'raw']
-    if most_loss is not None and len(raw): ax.axvline(raw.iloc[0]-most_loss, color='#666666', lw=1, ls=':', zorder=1)
+    if most_loss is not None and len(raw) and raw.iloc[0]-most_loss > ax.get_xlim()[0]:
+        ax.axvline(raw.iloc[0]-most_loss, color='#666666', lw=1, ls=':', zorder=1)
     ax.set_ylim(min(.47, table.leakage_lo.min()-.02), max(1.02, table.leakage_hi.max()+.02))
     ax.grid(True); legend_above(ax, 5)
     ax.set_ylabel(fold(ax, f'leakage of {attribute},\nstrongest attacker (0.5\xa0=\xa0chance)', .9))
@@ -73,7 +74,7 @@ def draw_frontier(
     ax.set_xlabel(fold(ax, f'AUROC of the findings, retrained classifier, mean of labels{more}'))
     return ax
 
-# %% ../nbs/63a_frontier_page.ipynb #51189fab
+# %% ../nbs/63a_frontier_page.ipynb #402680e4
 def _say(row, key): return with_interval(dict(value=row[key], lo=row[f'{key}_lo'], hi=row[f'{key}_hi']))
 
 def _raw_said(raw, attribute, phantom):
@@ -112,6 +113,7 @@ def frontier_findings(
                                       f'over.'))
     return out + _against_said(chosen[0], against)
 
+# %% ../nbs/63a_frontier_page.ipynb #c43b658f
 def _against_said(name, against):
     if against is None or not len(against): return []
     a = against.sort_values('difference')
@@ -123,7 +125,7 @@ def _against_said(name, against):
     if less: out.append(Finding('warning', f'On test patients {", ".join(less)} leaked less than {name}.'))
     return out
 
-# %% ../nbs/63a_frontier_page.ipynb #34615242
+# %% ../nbs/63a_frontier_page.ipynb #836fac93
 def sweep_controls(
     control:pd.DataFrame,     # model, auroc, se, n, n_patients: attackers trained with the attribute of other patients
     camera:pd.DataFrame,      # One row: auroc, lo, hi, n, n_patients; None: not run
@@ -144,19 +146,20 @@ def sweep_controls(
                                      f'obfuscation '
                                      'takes it away.')]
 
-# %% ../nbs/63a_frontier_page.ipynb #efe2fec3
+# %% ../nbs/63a_frontier_page.ipynb #2680729f
 _FIGURE = ('Leakage of the strongest fresh attacker against the AUROC of classifiers retrained on releases; lower and '
            'to '
            'the right is better. Bars are 95 % intervals over patients, the dashed line is chance; filled: the '
            'strength '
            'chosen on validation patients')
 
+_HEADS = {'retrained': 'AUROC', 'fixed': 'AUROC, not retrained', 'loss': 'loss of AUROC'}
+
 def _rows(df, *measures):
     "Estimates with their intervals, as text"
     out = df[['mechanism', 'strength', 'seeds']].assign(strength=df.strength.map('{:g}'.format))
-    for m in measures: out[f'{m} [95 % interval]'] = [_say(r, m) for r in df.to_dict('records')]
-    return out.assign(**{'strongest attacker': df.best, 'mean |Δ|': df.mean_change, 'SSIM': df.ssim,
-                         **{c: df[c] for c in ('n', 'n_patients') if df[c].notna().any()}})
+    for m in measures: out[_HEADS.get(m, m)] = [_say(r, m) for r in df.to_dict('records')]
+    return out.assign(**{'strongest attacker': df.best, 'mean |Δ|': df.mean_change, 'SSIM': df.ssim})
 
 def _group_rows(df):
     df = df[df.retrained.notna() & (df.n_patients.fillna(np.inf) >= 10)]    # of few patients nothing is told
@@ -164,6 +167,7 @@ def _group_rows(df):
     return df[['by', 'group', 'label', 'raw']].assign(**{'retrained [95 % interval]': new, 'loss': df.loss, 'n': df.n,
                                                          'n_patients': df.n_patients})
 
+# %% ../nbs/63a_frontier_page.ipynb #a63eac29
 def _found(run, rec, best):
     n = rec.get('attribute', 'sex'), run.config.get('data', {}).get('phantom') is True
     chosen = (rec['mechanism'], rec['strength']) if 'mechanism' in rec else None
@@ -175,18 +179,20 @@ def _found(run, rec, best):
     if gone: said.append(Finding('warning', f'Left out, as too rare to be judged here: {", ".join(gone)}.'))
     return [Div(Strong(KINDS[f.kind]), Span(f.text), cls=f'finding {f.kind}') for f in said]
 
-# %% ../nbs/63a_frontier_page.ipynb #e544c956
+# %% ../nbs/63a_frontier_page.ipynb #1750b8bb
 def _how(run, rec, table):
     config = {k: run.config[k] for k in ('frontier', 'frontier_plan') if k in run.config}
+    took   = f'{rec["hours"]:.1f} hours' if rec['hours'] >= 1.5 else f'{rec["hours"]*60:.0f} minutes'
     who    = 'patients' if 'patients' in run.record.get('data', {}) else 'images (the set names no patients)'
     said   = (f'{len(table)-1} points (a mechanism at one strength), each trained on {who} of the defence, attacked '
               f'by fresh '
               f'networks and models on hand-made features, and judged by a classifier retrained on releases, on {who} '
               'of their own. Strengths and mechanism were chosen on validation patients; the test patients were read '
               'once '
-              f'for the table. Training took {rec["hours"]:.1f} hours in all.')
+              f'for the table. All points and the control took {took}.')
     return P(said), H3('Settings'), Pre(tomli_w.dumps(config), tabindex='0')
 
+# %% ../nbs/63a_frontier_page.ipynb #1128c871
 def write_frontier_page(
     run:Run,      # With the tables of a sweep
 ) -> Path:        # `frontier.html`
@@ -196,14 +202,15 @@ def write_frontier_page(
     ax = draw_frontier(table, chosen=best, most_loss=rec['most_loss'], attribute=a)
     ax.figure.savefig(run.figure_path('frontier_sweep'), dpi=150, bbox_inches='tight'); plt.close(ax.figure)
     fig, groups = embed_figure(run.figure_path('frontier_sweep'), _FIGURE), read_table_of(run, 'frontier_groups')
-    cap = f'At equal utility: strengths that cost at most {rec["most_loss"]:g} AUROC on validation patients'
+    told = f'95 % intervals, {sample_size(best.iloc[0].to_dict())}'
+    cap  = f'At equal utility: strengths that cost at most {rec["most_loss"]:g} AUROC on validation patients; {told}'
     controls = html_table(read_table_of(run, 'control')[['model', 'auroc', 'se', 'n', 'n_patients']].dropna(axis=1),
                           f'Raw images with the {a} of other patients: every attacker belongs at 0.5')
     parts = {'What was found': section('found', 'What was found', *_found(run, rec, best)),
         'What this does not show': section('limits', 'What this does not show', bullets(non_claims(phantom), 'limits')),
         'Mechanisms': section('mechanisms', 'Mechanisms', fig,
                               html_table(_rows(best, 'leakage', 'retrained', 'loss'), cap),
-                              html_table(_rows(table, 'leakage', 'retrained', 'fixed'), 'All strengths')),
+                              html_table(_rows(table, 'leakage', 'retrained', 'fixed'), f'All strengths; {told}')),
         'Controls': section('controls', 'Controls', controls),
         'Subgroups': section('groups', 'Subgroups', P('Not run: no mechanism was chosen.', cls='missing')
                              if groups is None else html_table(_group_rows(groups),

@@ -6,7 +6,7 @@
 __all__ = ['shuffled_records', 'shuffled_control', 'control_table', 'camera_table', 'rank_mechanisms', 'run_sweep', 'write_sweep',
            'shuffled_preds']
 
-# %% ../nbs/69b_frontier_run.ipynb #aadce9ad
+# %% ../nbs/69b_frontier_run.ipynb #3b88669e
 import json
 import time
 from dataclasses import asdict
@@ -27,7 +27,7 @@ from .leakage import panel_of
 from .panel import attack_panel, camera_control
 from .sweep import Sweep, sweep_of
 
-# %% ../nbs/69b_frontier_run.ipynb #9b1dd661
+# %% ../nbs/69b_frontier_run.ipynb #4ef003a4
 def shuffled_records(
     records:Records,       # With a split
     attribute:str='sex',   # 'sex', 'age>median' or a finding
@@ -43,6 +43,7 @@ def _facts(records, attribute, effort):
     return dict(attribute=attribute, split=split_hash(records),
                 **{k: v for k,v in asdict(effort).items() if k != 'device'})
 
+# %% ../nbs/69b_frontier_run.ipynb #2f4fd55d
 def shuffled_control(
     run:Run,             # Of a sweep, see `sweep_of`
     records:Records,     # With split and part
@@ -67,7 +68,7 @@ def shuffled_control(
     print(f'  {took:.0f} s', flush=True)
     return preds
 
-# %% ../nbs/69b_frontier_run.ipynb #cb1916bd
+# %% ../nbs/69b_frontier_run.ipynb #455e1108
 def control_table(
     preds:Predictions,     # Of `shuffled_control`
     n_boot:int=1000,       # Resamples of patients
@@ -80,6 +81,7 @@ def control_table(
     return pd.DataFrame(dict(model=[c[1] for c in k], auroc=auroc(y, s), se=np.nanstd(draws, 0), n=len(p),
                              n_patients=p.patient_id.nunique()))
 
+# %% ../nbs/69b_frontier_run.ipynb #f030afa0
 def camera_table(
     records:Records,      # With split and part
     attribute:str,        # What is hidden
@@ -92,7 +94,7 @@ def camera_table(
     return pd.DataFrame([dict(model='camera', auroc=i.value, lo=i.lo, hi=i.hi, n=len(df),
                               n_patients=df.patient_id.nunique())])
 
-# %% ../nbs/69b_frontier_run.ipynb #43f05396
+# %% ../nbs/69b_frontier_run.ipynb #1ee1560d
 def rank_mechanisms(
     run:Run,                  # Of a sweep, see `sweep_of`
     most_loss:float=.03,      # AUROC that a mechanism may cost, on validation patients
@@ -103,27 +105,29 @@ def rank_mechanisms(
     v = v.assign(key=np.where(v.cheap, v.leakage, v.loss)).sort_values(['cheap', 'key'], ascending=[False, True])
     return v.drop_duplicates('mechanism')[['mechanism', 'strength', 'cheap', 'leakage', 'loss']].reset_index(drop=True)
 
-# %% ../nbs/69b_frontier_run.ipynb #239067fc
+# %% ../nbs/69b_frontier_run.ipynb #d29ff094
 def run_sweep(
     run:Run,                 # An open run
     records:Records,         # With split, part, and the findings that are kept
     attribute:str,           # What is hidden
     sweep:Sweep,             # What is compared
     effort:Effort,           # Of every point
+    seconds:dict=None,       # Mechanism → seconds of a point, as reckoned for the plan
 ) -> pd.DataFrame:           # Of `rank_mechanisms`, from all seeds
     "Train, attack and use all mechanisms, then the best ones again with further seeds, then the controls"
     sub = sweep_of(run)
-    run_frontier(sub, records, attribute, sweep.plan(), effort)
+    run_frontier(sub, records, attribute, sweep.plan(), effort, seconds)
     rank = rank_mechanisms(sub, sweep.most_loss)
     if sweep.more_seeds:
         other = rank.mechanism[rank.mechanism != 'published'][:sweep.best].tolist()
         more  = (*other, *(m for m in sweep.mechanisms if m == 'published'))
         print(f'further seeds {", ".join(map(str, sweep.more_seeds))} for {", ".join(more)}', flush=True)
-        run_frontier(sub, records, attribute, sweep.plan(more), effort)
+        run_frontier(sub, records, attribute, sweep.plan(more), effort, seconds)
         rank = rank_mechanisms(sub, sweep.most_loss)
     shuffled_control(sub, records, attribute, effort)
     return rank
 
+# %% ../nbs/69b_frontier_run.ipynb #0d62146c
 def _summary(best, control, camera, a):
     out = {}
     for r in best.to_dict('records'):
@@ -134,7 +138,7 @@ def _summary(best, control, camera, a):
     r = camera.iloc[0]
     return out | {f'camera.{a}.auroc': dict(value=r.auroc, lo=r.lo, hi=r.hi, n=r.n)}
 
-# %% ../nbs/69b_frontier_run.ipynb #bce1a4e7
+# %% ../nbs/69b_frontier_run.ipynb #a33556e7
 def write_sweep(
     run:Run,                   # After `run_sweep`
     records:Records,           # As there
@@ -163,6 +167,7 @@ def write_sweep(
     write_frontier_page(run)
     return known_sizes(run, best)
 
+# %% ../nbs/69b_frontier_run.ipynb #b7b0d96c
 def shuffled_preds(
     run:Run,           # Of a sweep, see `sweep_of`
 ) -> Predictions:      # As stored by `shuffled_control`
