@@ -109,8 +109,8 @@ def _shuffled_control(row, attribute):
     missing = not row or not all(_has(row.get(k)) for k in ('value', 'lo', 'hi'))
     if missing: return _warn(f'The control with shuffled {attribute} was not run: a flaw would go unseen.')
     far  = abs(row['value']-.5)/max((row['hi']-row['lo'])/(2*1.96), 1e-9)
-    text = (f'With shuffled {attribute} an attack has AUROC {with_interval(row)} ({sample_size(row)}), {far:.1f} standard '
-            'errors from 0.5')
+    text = (f'With shuffled {attribute} an attack has AUROC {with_interval(row)} ({sample_size(row)}), '
+            f'{far:.1f} standard errors from 0.5')
     if far > 3: return _warn(f'{text}: more than 3, so something other than {attribute} gives the answer away.')
     return Finding('holds', f'{text} (at most 3 are expected).')
 

@@ -110,7 +110,8 @@ def _control(run, preds, a, n_boot):
     who  = t.patient_id.to_numpy() if unit_of(run) == 'patient' else None
     y    = t[f'y_{a}'].to_numpy()
     area = auroc_ci(y, t[f'score_{a}'].to_numpy(), patient=who, n_boot=n_boot)
-    add_summary(run, {f'control.{a}.auroc': dict(value=area.value, lo=area.lo, hi=area.hi, n=int(np.isfinite(y).sum()))})
+    n    = int(np.isfinite(y).sum())    # Images, as everywhere in the summary
+    add_summary(run, {f'control.{a}.auroc': dict(value=area.value, lo=area.lo, hi=area.hi, n=n)})
 
 # %% ../nbs/65_study.ipynb #7a910e94
 def headline(

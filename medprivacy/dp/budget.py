@@ -115,8 +115,8 @@ def charge(
 ) -> None:
     "Count a step, on the disk first; before anything of its batch can be seen"
     if cb.steps_left is not None and cb.steps_left <= 0:
-        raise BudgetError(f'the budget is spent: {cb.spent}. No step is left of {cb.max_steps}: make a new learner with '
-                          'a larger target_epsilon')
+        raise BudgetError(f'the budget is spent: {cb.spent}. No step is left of {cb.max_steps}: make a new learner '
+                          'with a larger target_epsilon')
     if cb.ledger is not None:
         first_writes(cb.ledger, lambda: cb.ledger.charge(cb._noise, cb.rate, most=cb.steps_left))
     write(cb, steps_taken=cb.steps_taken+1)

@@ -74,11 +74,11 @@ class DPSettings:
                               f"{self.pos_weight!r}")
         private = isinstance(self.pos_weight, str)
         if private and self.target_epsilon is None and self.count_noise is None:
-            raise ConfigError(f"pos_weight='private' with noise_multiplier={self.noise_multiplier} needs count_noise=, the "
-                              'noise of the counts, or target_epsilon= instead')
+            raise ConfigError(f"pos_weight='private' with noise_multiplier={self.noise_multiplier} needs count_noise=, "
+                              'the noise of the counts, or target_epsilon= instead')
         if not private and self.count_noise is not None:
-            raise ConfigError(f"count_noise={self.count_noise} is for pos_weight='private', got {self.pos_weight!r}: leave "
-                              'count_noise out, or ask for private counts')
+            raise ConfigError(f"count_noise={self.count_noise} is for pos_weight='private', got {self.pos_weight!r}: "
+                              'leave count_noise out, or ask for private counts')
 
 # %% ../../nbs/40i_dp.guard.ipynb #fe2edc5b
 class Sealed:
@@ -122,19 +122,21 @@ def check_home(
     dl = learn.dls.train
     if (dl is not cb._train_dl or dl.dataset is not cb._dataset() or loader_bs(dl) != cb.sampler.bs
             or train_rows(dl) != len(cb.sampler.rows)):
-        raise ConfigError(f'the training loader changed after to_private (batch size {cb.sampler.bs} then, {loader_bs(dl)} '
-                          f'now; rows {len(cb.sampler.rows)} then, {train_rows(dl)} now; another loader or data set: '
-                          f'{dl is not cb._train_dl or dl.dataset is not cb._dataset()}): ε would be wrong. Make a new '
-                          'learner')
+        same  = dl is cb._train_dl and dl.dataset is cb._dataset()
+        other = 'the same loader' if same else 'another loader or data set'
+        raise ConfigError(f'the training loader changed after to_private ({other}; batch size {cb.sampler.bs} then, '
+                          f'{loader_bs(dl)} now; rows {len(cb.sampler.rows)} then, {train_rows(dl)} now): ε would be '
+                          'wrong. Make a new learner')
     if fingerprint(cb.sampler) != cb._fingerprint or cb.sampler.rate != cb.rate:
-        raise ConfigError(f'the sampler changed after to_private ({cb._fingerprint} then, {fingerprint(cb.sampler)} now; '
-                          f'rate {cb.rate:.4g} then, {cb.sampler.rate:.4g} now): ε would be wrong. Make a new learner')
+        raise ConfigError(f'the sampler changed after to_private ({cb._fingerprint} then, {fingerprint(cb.sampler)} '
+                          f'now; rate {cb.rate:.4g} then, {cb.sampler.rate:.4g} now): ε would be wrong. Make a new '
+                          'learner')
     known = {id(p) for p in learn.model.parameters()}
     strange = [p for p in learn.opt.all_params().itemgot(0) if id(p) not in known] if learn.opt is not None else []
     if strange:
         raise ConfigError(f'the optimizer trains {len(strange)} parameters that are not in the model (shapes '
-                          f'{[tuple(p.shape) for p in strange[:3]]}), and would not be clipped: put them into the model, or '
-                          'call learn.create_opt()')
+                          f'{[tuple(p.shape) for p in strange[:3]]}), and would not be clipped: put them into the '
+                          'model, or call learn.create_opt()')
 
 def remember(
     cb:object,       # `DPCallback` that has its sampler and loader

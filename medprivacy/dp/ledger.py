@@ -190,9 +190,10 @@ def check(self:Ledger,
     if not self.facts: return
     old = {k: v for k,v in self.facts.items() if k in facts}
     if diff := _differences(old, facts, _ALWAYS if self.further else None):
-        more = ('or another file' if self.further else 'another file, or Ledger(path, further=True) to add up trainings '
-                'of the same patients with other settings')
-        raise CheckpointError(f'{self.path} belongs to another training ({diff}): use the same data and settings, {more}')
+        more = ('or another file' if self.further else 'another file, or Ledger(path, further=True) to add up '
+                'trainings of the same patients with other settings')
+        raise CheckpointError(f'{self.path} belongs to another training ({diff}): use the same data and settings, '
+                              f'{more}')
 
 @patch
 def check_head(self:Ledger,

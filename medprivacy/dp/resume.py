@@ -93,6 +93,7 @@ class PrivateCheckpointCallback(CheckpointCallback):
         _write(self.file, dict(facts=self.known, epoch=self.epoch, batch=self.at, steps=dp.steps_taken,
                                head=dp.ledger.head, state=_resume_state(self.learn)))
 
+# %% ../../nbs/41a_dp.resume.ipynb #c0ffee41
 def _checked(cb):
     "Refuse what cannot be continued, before anything is read"
     learn = cb.learn

@@ -95,8 +95,8 @@ def both_units(
 ) -> BothUnits:            # Both records
     "What a run promises to a patient, and to an image"
     if spent.kinds:
-        raise ConfigError(f'spent holds several kinds of steps ({spent}), and the other unit is known for one kind only: '
-                          'train with one noise and one rate')
+        raise ConfigError(f'spent holds several kinds of steps ({spent}), and the other unit is known for one kind '
+                          'only: train with one noise and one rate')
     if None in (spent.steps, spent.sample_rate, spent.noise_multiplier):
         raise ConfigError(f'spent must name steps, sample_rate and noise_multiplier, got {spent}: take learn.dp.spent')
     eps = other_epsilon(spent.noise_multiplier, spent.sample_rate, spent.steps, spent.delta, drawn=spent.unit,
