@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_seeds', 'read_strengths', 'read_shares', 'medprivacy_frontier']
 
-# %% ../nbs/70a_frontier_cli.ipynb #0631290a
+# %% ../nbs/70a_frontier_cli.ipynb #cdeeb63b
 import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +24,7 @@ from .settings import check_settings
 from .sweep import (Sweep, check_patients, check_sweep, plan_table, plan_text, point_seconds, rare_findings,
                               sweep_effort, untrained, with_findings)
 
-# %% ../nbs/70a_frontier_cli.ipynb #6b572532
+# %% ../nbs/70a_frontier_cli.ipynb #d892f38d
 def read_seeds(
     text:str,      # e.g. '1,2'; 'none' or '': none
     name:str,      # Of the option
@@ -56,7 +56,7 @@ def read_shares(
         raise ConfigError(f'--fracs must be three shares above 0 that sum to 1, got {text!r}')
     return v
 
-# %% ../nbs/70a_frontier_cli.ipynb #9d697037
+# %% ../nbs/70a_frontier_cli.ipynb #f3eeb9c0
 _FRACS, _SHARE = '.5,.2,.3', .6
 
 def _split(fracs, attack_share, resume):
@@ -75,10 +75,11 @@ def _checked(run, attribute, sweep, effort, min_cases, **kwargs):
     recs  = with_findings(recs, found, attribute, min_cases)
     return recs, found, sweep_effort(recs, effort, **kwargs)
 
-def _store(run, sweep, effort, recs, more):
-    "Settings into `config.toml`; other ones than those of an old sweep are an error"
+def _store(run, sweep, effort, recs, more, look):
+    "Settings into `config.toml`; other ones than those of an old sweep are an error, also of a look at the plan"
     what = dict({k: v for k,v in vars(effort).items() if k != 'device'}, findings=list(recs.labels))
     stage_settings(run, 'frontier', what)
+    if look: return
     add_config(run, 'frontier', what)
     every = {m: sweep.strengths.get(m, STRENGTHS[m]) for m in sweep.mechanisms}
     add_config(run, 'frontier_plan', {**vars(sweep), 'strengths': every, **more}, overwrite=True)
@@ -90,7 +91,7 @@ def _scratch(out, keep):
     else:
         with tempfile.TemporaryDirectory() as d: yield Path(d)/'plan'
 
-# %% ../nbs/70a_frontier_cli.ipynb #847a155a
+# %% ../nbs/70a_frontier_cli.ipynb #4c620d6e
 def _sweep(attribute, mechanisms, strengths, seeds, more_seeds, most_loss):
     "What was asked for, checked without any data"
     asked = tuple(split_items(mechanisms)) if mechanisms is not None else None
@@ -100,7 +101,7 @@ def _sweep(attribute, mechanisms, strengths, seeds, more_seeds, most_loss):
     check_sweep(sweep)
     return replace(sweep, mechanisms=untrained(attribute or 'sex', sweep.mechanisms))
 
-# %% ../nbs/70a_frontier_cli.ipynb #5852b462
+# %% ../nbs/70a_frontier_cli.ipynb #685e90f4
 @call_parse
 @one_line_errors
 @delegates(data_args)
@@ -140,7 +141,7 @@ def medprivacy_frontier(
         one = size_and_seed(run, size, seed)
         recs, found, todo = _checked(run, a, sweep, effort, min_cases, size=one['size'], bs=bs, device=device)
         print(recs)
-        if not plan: _store(run, sweep, todo, recs, dict(n_boot=n_boot, device=device))
+        _store(run, sweep, todo, recs, dict(n_boot=n_boot, device=device), plan)
         seconds = point_seconds(run, recs, a, sweep, todo, keep=not plan)
         print(plan_text(plan_table(run, sweep, seconds)), flush=True)
         if plan: return

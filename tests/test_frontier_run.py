@@ -84,8 +84,9 @@ def test_other_settings_are_refused_more_mechanisms_are_not(table, tmp_path, che
         with pytest.raises(SystemExit): medprivacy_frontier(out=out, **args(table, **one, **more))
         assert words in capsys.readouterr().err
     monkeypatch.setattr(frontier_cli, 'sweep_effort', lambda *a, **k: Effort(1, 2, 1, 32, 16, 1, 'cpu', ('small_resnet',)))
-    with pytest.raises(SystemExit): medprivacy_frontier(out=out, resume=True, **args(table, **one))
-    assert 'attack_epochs: 1 then, 2 now' in capsys.readouterr().err
+    for plan in (False, True):
+        with pytest.raises(SystemExit): medprivacy_frontier(out=out, resume=True, plan=plan, **args(table, **one))
+        assert 'attack_epochs: 1 then, 2 now' in capsys.readouterr().err
     monkeypatch.setattr(frontier_cli, 'sweep_effort', lambda *a, **k: CHEAP)
     medprivacy_frontier(out=out, resume=True, plan=True, **args(table)); said = capsys.readouterr().out
     assert '1 of them stored' in said and 'noise' in said and not (tmp_path/'r'/'frontier.html').exists()
