@@ -123,7 +123,7 @@ def start(n, o):
         except core.MedPrivacyError as e: (folder/f'refused{rank}').write_text(f'{type(e).__name__}: {e}'); os._exit(3)
         except AssertionError as e: (folder/'error').write_text(repr(e)); os._exit(4)
         except BaseException as e: print(repr(e), file=sys.stderr, flush=True); os._exit(1)      # the others are gone
-    codes, end = {}, time.time()+60
+    codes, end = {}, time.time()+300
     while len(codes) < n:
         for i,pid in enumerate(pids):
             if i not in codes and os.waitpid(pid, os.WNOHANG)[0]: codes[i] = 1
@@ -136,7 +136,7 @@ def start(n, o):
             for i,pid in enumerate(pids):
                 if i not in codes: os.kill(pid, signal.SIGKILL)
             (folder/'error').write_text(f'ranks {set(range(n))-set(codes)} of {n} did not end, {o}')
-            end += 60
+            end += 300
         time.sleep(.002)
 
 kinds = [('all', None), ('after_step', 1), ('before_step', 0), ('ledger write', 0), ('after_loss', 1), ('checkpoint write', 0), ('after_batch', 0), ('before_backward', 1)]
