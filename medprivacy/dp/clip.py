@@ -15,7 +15,7 @@ import torch
 from opacus.validators import ModuleValidator
 from torch import nn
 from ..core import ConfigError, UnsupportedUnderDP
-from .layers import instantiate, measure, sq_norms
+from .layers import instantiate, measure, sq_norms, weighted
 from .tape import NeedsFunctional, Tape, functional_grads, unseen_uses, watch_module
 
 # %% ../../nbs/40a_dp.clip.ipynb #71733094
@@ -114,8 +114,7 @@ def _weighted(s, factors, bad=None):
         f = factors[p].to(p.dtype)
         if isinstance(o, torch.Tensor):
             o = o if bad is None else _without(o, bad, s.n)
-            out[p] = p.new_empty(p.shape)   # No view, so that it can be a .grad
-            torch.mv(o.flatten(1).to(p.dtype).T, f, out=out[p].view(-1))
+            out[p] = weighted(o.to(p.dtype).reshape(s.n, *p.shape), f)
         else:
             if bad is not None: o.a,o.g = _without(o.a, bad, s.n),_without(o.g, bad, s.n)
             out[p] = o.total(f)

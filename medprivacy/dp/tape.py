@@ -6,7 +6,7 @@
 __all__ = ['NeedsFunctional', 'Use', 'Tape', 'watch_module', 'functional_grads', 'unseen_uses']
 
 # %% ../../nbs/39a_dp.tape.ipynb #5bbaf531
-import warnings
+import math, warnings
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..core import UnsupportedUnderDP
-from .layers import AffineTerm, ConvTerm, EmbeddingTerm, GroupNormTerm, LinearTerm
+from .layers import AffineTerm, ConvTerm, EmbeddingTerm, LinearTerm
 
 # %% ../../nbs/39a_dp.tape.ipynb #902850c1
 def _tuple(v, d): return tuple(v) if isinstance(v, (tuple,list)) else (v,)*d
@@ -57,17 +57,6 @@ def _rms_norm(input, normalized_shape, weight=None, eps=None):
     axes = tuple(range(input.dim()-len(normalized_shape), input.dim()))
     return _affine(input, weight, None, lambda a: F.rms_norm(a, normalized_shape, None, eps), axes)
 
-def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
-    return input, weight, bias, lambda a,g,n: GroupNormTerm(a, g, n, groups=num_groups, eps=eps)
-
-def _instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
-                   momentum=.1, eps=1e-5):
-    if running_mean is not None and use_input_stats:
-        raise UnsupportedUnderDP('an InstanceNorm with running statistics mixes patients in a batch: '
-                                 'build it with track_running_stats=False')
-    if not use_input_stats: return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    return input, weight, bias, lambda a,g,n: GroupNormTerm(a, g, n, groups=a.shape[1], eps=eps)
-
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
     if training:
         raise UnsupportedUnderDP('a BatchNorm in training mode mixes patients in a batch: '
@@ -78,7 +67,7 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
 # %% ../../nbs/39a_dp.tape.ipynb #30bd66be
 _RULES = {F.linear: _linear, F.embedding: _embedding, F.layer_norm: _layer_norm,
           torch.layer_norm: _layer_norm, F.rms_norm: _rms_norm, torch.rms_norm: _rms_norm,
-          F.group_norm: _group_norm, F.instance_norm: _instance_norm, F.batch_norm: _batch_norm}
+          F.batch_norm: _batch_norm}
 for d in 1,2,3:
     _RULES[getattr(torch, f'conv{d}d')] = _conv
     _RULES[getattr(torch, f'conv_transpose{d}d')] = _conv_transpose
@@ -86,13 +75,12 @@ _ELEMENTWISE = set('add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__
                    '__imul__ __rmul__ multiply div div_ __truediv__ __itruediv__ __rtruediv__ true_divide where lerp '
                    'maximum minimum pow __pow__ addcmul'.split())
 _EXPANSION = {'expand', 'expand_as', 'repeat', 'tile', 'broadcast_to'}
-_BUILT_SAME = 'same', 'valid'
 
 def _zero_padded(func, args, kwargs):
     "A convolution with padding='same' or 'valid' as one with padded input"
     names = 'input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups'
     kw = {**dict(zip(names, args)), **kwargs}
-    if kw.get('padding') not in _BUILT_SAME: return args, kwargs
+    if kw.get('padding') not in ('same','valid'): return args, kwargs
     d = kw['weight'].dim()-2
     if kw['padding'] == 'same':
         total = [q*(k-1) for q,k in zip(_tuple(kw.get('dilation', 1), d), kw['weight'].shape[2:])]
@@ -161,11 +149,8 @@ class Tape(TorchFunctionMode):
 # %% ../../nbs/39a_dp.tape.ipynb #c3121413
 def _tensors(args, kwargs):
     "Tensors among the arguments, one level of lists included"
-    out = []
-    for o in (*args, *kwargs.values()):
-        if isinstance(o, torch.Tensor): out.append(o)
-        elif isinstance(o, (tuple,list)): out += [t for t in o if isinstance(t, torch.Tensor)]
-    return out
+    lists = (o if isinstance(o, (tuple,list)) else [o] for o in (*args, *kwargs.values()))
+    return [t for l in lists for t in l if isinstance(t, torch.Tensor)]
 
 def _handle(tape, func, args, kwargs):
     if func is F.batch_norm and not all(id(t) in tape.still for t in args[:1]): _batch_norm(*args, **kwargs)
@@ -180,6 +165,7 @@ def _handle(tape, func, args, kwargs):
         return _keep(tape, func(*args, **kwargs), live)
     if not live: return func(*args, **kwargs)
     if func in _RULES: return _by_rule(tape, func, args, kwargs)
+    if func in _BY_ROW: return _BY_ROW[func](tape, *args, **kwargs)
     if name in _ELEMENTWISE: return _elementwise(tape, func, args, kwargs, live, ts)
     raise NeedsFunctional(tape.bases.get(id(live[0]), ()), name)
 
@@ -234,8 +220,7 @@ def _as_shape(g, p):
 
 def _overwrites(tape, func, args):
     "Is a parameter, or what is made of parameters, changed in place?"
-    name = func.__name__
-    inplace = name.endswith('_') and not name.startswith('__') or name.startswith('__i')
+    inplace = func.__name__.endswith('_') and not func.__name__.startswith('__') or func.__name__.startswith('__i')
     return inplace and id(args[0]) in tape.still
 
 def _elementwise(tape, func, args, kwargs, live, ts):
@@ -259,6 +244,31 @@ def _expansion(tape, func, args, kwargs, p):
     same = tuple(out.shape[more:])==tuple(p.shape) if more else len(p)==1 and tuple(out.shape[1:])==tuple(p.shape[1:])
     if len(out)!=tape.rows or args[0] is not p or not same: return None
     return _tap(tape, p, out)
+
+# %% ../../nbs/39a_dp.tape.ipynb #e97c3673
+def _by_row(tape, input, weight, bias, normalise):
+    "A norm of the channels of all rows, as if of one image: its backward pass leaves the gradients of each row"
+    _check_rows(tape, len(input) if input.dim() > 1 else 1, 'a norm')
+    def rows(p):
+        each = p.expand(len(input), -1)
+        return (_tap(tape, p, each) if id(p) in tape.still else each).reshape(-1)
+    each = [p if p is None else rows(p) for p in (weight,bias)]
+    out  = normalise(input.reshape(1, -1, math.prod(input.shape[2:])), *each)
+    return torch.ops.aten._unsafe_view(out, input.shape)   # No view to torch, so that it may be overwritten
+
+def _group_norm(tape, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+    return _by_row(tape, input, weight, bias, lambda a,w,b: torch.group_norm(a, len(input)*num_groups, w, b, eps))
+
+def _instance_norm(tape, input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True,
+                   momentum=.1, eps=1e-5):
+    if running_mean is not None and use_input_stats:
+        raise UnsupportedUnderDP('an InstanceNorm with running statistics mixes patients in a batch: '
+                                 'build it with track_running_stats=False')
+    if not use_input_stats:
+        return _by_rule(tape, F.batch_norm, (input, running_mean, running_var, weight, bias, False, momentum, eps), {})
+    return _by_row(tape, input, weight, bias, lambda a,w,b: F.instance_norm(a, None, None, w, b, True, momentum, eps))
+
+_BY_ROW = {F.group_norm: _group_norm, F.instance_norm: _instance_norm}
 
 # %% ../../nbs/39a_dp.tape.ipynb #43bbd7a6
 def watch_module(
@@ -304,8 +314,7 @@ def functional_grads(
         args, kwargs = tree_unflatten([next(own)[None] if b else t for t,b in zip(flat, batch)], spec)
         out = torch.func.functional_call(m, values, args, kwargs)
         return (tree_flatten(out)[0][use.module.i]*g[None]).sum()
-    own = [t for t,b in zip(flat, batch) if b]
-    grad = torch.func.grad(one)
+    own, grad = [t for t,b in zip(flat, batch) if b], torch.func.grad(one)
     try:
         with warnings.catch_warnings(action='ignore'):   # torch's, of functions that vmap is slow with
             out = torch.func.vmap(grad, in_dims=(None, 0, *[0]*len(own)))(values, g, *own)
