@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['loader_codes', 'make_alike', 'DrawingLoss', 'fit_redraw']
 
-# %% ../nbs/29a_redraw.ipynb #c73938b4
+# %% ../nbs/29a_redraw.ipynb #9838c825
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,11 @@ from .data.core import Records
 from .data.load import records_dls
 from .game import n_outputs
 from .models.bottleneck import add_code_noise
-from .models.redraw import Redraw, group_quantiles, group_rows, transport
+from .models.redraw import Redraw, group_rows
 from .probe import train_probe
 from .train import in_precision
 
-# %% ../nbs/29a_redraw.ipynb #3e49cee7
+# %% ../nbs/29a_redraw.ipynb #b3bc762e
 @torch.no_grad()
 def loader_codes(
     maker:Redraw,         # With trained teachers
@@ -39,17 +39,15 @@ def loader_codes(
     return tuple(torch.cat(o) for o in zip(*out))
 
 def make_alike(
-    maker:Redraw,          # Its `quantiles` and `common` are set
+    maker:Redraw,          # Its groups are measured
     dls:DataLoaders,       # Of (x, attribute, …)
 ) -> Redraw:               # The same
     "Measure the groups on patients that trained no teacher"
     codes, rows = loader_codes(maker, [dl for dl in dls.loaders[1:] if len(dl.dataset)])
-    q, common = group_quantiles(codes, rows, maker.n_groups, maker.args['knots'])
-    maker.quantiles.copy_(q)
-    maker.common.copy_(common)
+    maker.fit_groups(codes.to(maker.centre.device), rows.to(maker.centre.device))
     return maker
 
-# %% ../nbs/29a_redraw.ipynb #8431f406
+# %% ../nbs/29a_redraw.ipynb #946c0b65
 class _Drawing(nn.Module):
     "Pictures, with the codes they were drawn from and those the teachers read in them"
     def __init__(self, maker):
@@ -64,12 +62,7 @@ class _Drawing(nn.Module):
         m = self.maker
         with torch.no_grad(): z = add_code_noise(m.alike(x), scale=m.strength)
         v = m.draw(z, tuple(x.shape[-2:])).float()
-        return v, self.standard(m.encode(v)), z
-    def standard(self, codes):
-        "Verdicts in the units of the code, without a cut at the ends"
-        a, b = self.maker.quantiles[0], self.maker.common
-        slope = (b[-1] - b[0])/(a[-1] - a[0]).clamp_min(1e-3)
-        return (codes - a.mean(0))*slope + b.mean(0)
+        return v, (m.encode(v) - m.centre)/m.scale, z
 
 class DrawingLoss(nn.Module):
     "Likeness to the original, and verdicts that can be read again"
@@ -85,7 +78,7 @@ class _OriginalCallback(Callback):
     "The target is the image itself"
     def before_batch(self): self.learn.yb = (self.xb[0],)
 
-# %% ../nbs/29a_redraw.ipynb #fb7c477c
+# %% ../nbs/29a_redraw.ipynb #f9318e89
 def fit_redraw(
     defence:Records,          # With a split
     attribute:str='sex',      # What is to be hidden

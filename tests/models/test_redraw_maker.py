@@ -26,8 +26,9 @@ def test_transport_is_interpolation_of_quantiles(knots):
 def test_groups_of_other_patients_are_alike_afterwards():
     from scipy.stats import ks_2samp
     (x, rows), (new, other) = made(), made()
-    q, common = group_quantiles(x, rows, 2)
-    z = transport(new, q[other], common)
+    m = Redraw(1, 32, 2, teachers=('small_resnet',))
+    m.fit_groups(x, rows)
+    z = m.between(new, other)
     for j in range(2):
         assert ks_2samp(new[other == 1,j], new[other == 2,j]).statistic > .4
         assert ks_2samp(z[other == 1,j], z[other == 2,j]).statistic < .08      # 1.4 of √(2/1500) is at 5 %
@@ -48,14 +49,14 @@ def test_groups_that_are_unknown_or_small():
 
 def test_what_is_subtracted_depends_on_the_group_alone():
     m = Redraw(1, 32, 2, teachers=('small_resnet',), strength=0.).eval()
-    m.quantiles[2] += 1.
+    m.quantiles[-1,2] += 1.
     x = torch.rand(3, 1, 32, 32)
     with torch.no_grad():
         same, other, none = (m(x, cond=c) for c in (torch.zeros(3), torch.ones(3), None))
         assert not torch.equal(same, other) and torch.equal(same, none)     # row 0 and row 1 are still equal
         assert torch.equal(m(x[1:2], cond=torch.ones(1)), other[1:2]) or torch.allclose(m(x[1:2], cond=torch.ones(1)), other[1:2], atol=1e-6)
 
-@pytest.mark.parametrize('kw,word', [(dict(strength=-.1), 'strength'), (dict(teachers=()), 'teacher'), (dict(n_groups=0), 'n_groups'), (dict(knots=1), 'knots')])
+@pytest.mark.parametrize('kw,word', [(dict(strength=-.1), 'strength'), (dict(teachers=()), 'teacher'), (dict(n_groups=0), 'n_groups'), (dict(knots=1), 'knots'), (dict(rounds=0), 'rounds')])
 def test_bad_arguments(kw, word):
     with pytest.raises(ConfigError, match=word): Redraw(1, 32, 2, **kw)
 def test_bad_groups():
