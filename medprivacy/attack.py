@@ -8,6 +8,7 @@ __all__ = ['attack_part', 'shuffle_attribute', 'attack_attribute', 'GaussianNois
 # %% ../nbs/31_attack.ipynb #1a1f3fd2
 import numpy as np
 import torch
+from fastai.data.core import DataLoaders
 
 from .core import ConfigError, DataError, LeakageError, seed_everything
 from .data.core import Predictions, Records, concat_predictions
@@ -62,6 +63,7 @@ def attack_attribute(
     progress:bool=False,          # Show fastai's progress tables
     precision:str='fp32',         # or 'bf16'
     fits:Fits=None,               # Keeps states and results, see `fits`; None: nothing is kept
+    dls:DataLoaders=None,         # Loaders made before with the same arguments, to decode and release once
 ) -> Predictions:                 # One row per validation or test image and attacker, with learning curves
     "Train fresh attackers and score their test patients"
     if isinstance(archs, str) or not len(archs):
@@ -74,7 +76,7 @@ def attack_attribute(
         return records_dls(part, attribute, size, bs, mechanism=obfuscator, draws=draws, device=device, median=median)
     names = [a if list(archs).count(a) == 1 else f'{a}#{i}' for i,a in enumerate(archs)]
     kw  = dict(size=size, epochs=epochs, bs=bs, lr=lr, patience=patience, device=device, precision=precision)
-    dls = LazyLoaders(load)
+    dls = LazyLoaders(load if dls is None else (lambda given=dls: given))
     def attacker(i, a, n):
         def work(**keep):
             return Fitted(train_probe(part, attribute, a, seed=seed+i, median=median, name=n, run=run,

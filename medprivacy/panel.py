@@ -224,11 +224,11 @@ def attack_panel(
     "Attack one attribute with all kinds of attackers"
     part = attack_part(records, obfuscator)
     kw   = dict(size=size, draws=draws, epochs=epochs, patience=patience, bs=bs, lr=lr, device=device, run=run)
-    out  = [attack_attribute(records, attribute, obfuscator, networks, shuffle=shuffle, seed=seed, **kw)]
     median = median_age(part) if attribute == 'age>median' else None
     if shuffle: part = shuffle_attribute(part, attribute, seed)
     seed_everything(seed)
     dls = records_dls(part, attribute, size, bs, mechanism=obfuscator, draws=draws, device=device, median=median)
+    out = [attack_attribute(records, attribute, obfuscator, networks, shuffle=shuffle, seed=seed, dls=dls, **kw)]
     if features: out.append(feature_attack(dls, attribute, features, seed=seed, run=run))
     if obfuscator is not None and undo:
         undone = train_inverter(part, obfuscator, size=size, epochs=epochs, bs=bs, seed=seed, device=device)

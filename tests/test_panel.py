@@ -56,3 +56,15 @@ def test_effort_is_named_and_judged_on_the_same_images(tmp_path):
 
 def test_unknown_features_are_refused(tmp_path):
     with pytest.raises(ConfigError, match='kinds must be'): feature_attack(None, 'sex', ('forest',))
+
+def test_networks_of_the_panel_are_those_of_an_attack_alone():
+    "Releases are drawn once for all of the panel, and as they would be drawn for the networks alone"
+    from medprivacy.attack import attack_attribute
+    from medprivacy.data.phantom import tiny_records
+    from medprivacy.panel import attack_panel
+    recs = tiny_records(n=40, size=32, attack=.6, seed=2)
+    how  = dict(size=32, draws=2, epochs=1, bs=16, seed=3, device='cpu')
+    both = attack_panel(recs, 'sex', GaussianNoise(.1), networks=('small_resnet',), undo=False, flip=False, **how).df
+    one  = attack_attribute(recs, 'sex', GaussianNoise(.1), ('small_resnet',), **how).df
+    mine = both[both.model == 'small_resnet'].reset_index(drop=True)
+    assert set(both.model) == {'small_resnet', 'linear', 'boosted'} and mine.score_sex.tolist() == one.score_sex.tolist()

@@ -255,14 +255,18 @@ def _known(records, targets, median):
     for t in targets: keep &= ~np.isnan(target_values(records, t, median)).all(1)
     return keep
 
+# %% ../../nbs/01b_data.load.ipynb #rel0cond2
 def release_condition(
     records:Records,       # Whose images are released
     mechanism:object,      # Its `attribute` and `median` say what it is to be told; without them: the sex
 ) -> torch.Tensor:         # (n,) float32: 0 or 1, NaN where unknown
     "What a data holder tells a mechanism about each image"
-    told = target_values(records, getattr(mechanism, 'attribute', 'sex'), getattr(mechanism, 'median', None))
+    name, median = getattr(mechanism, 'attribute', 'sex'), getattr(mechanism, 'median', None)
+    if name == 'age>median' and median is None: median = median_age(records)
+    told = target_values(records, name, median)
     return torch.tensor(told[:,0]).float()
 
+# %% ../../nbs/01b_data.load.ipynb #rel0cond1
 def _dl(records, store, rows, targets, median, bs, mechanism, draws, train, batch_tfms, device, channels_last):
     if mechanism is not None:
         store = release_draws(store.index_select(0, rows), mechanism, release_condition(records, mechanism), draws,
