@@ -124,9 +124,9 @@ def check_home(
             or train_rows(dl) != len(cb.sampler.rows)):
         same  = dl is cb._train_dl and dl.dataset is cb._dataset()
         other = 'the same loader' if same else 'another loader or data set'
-        raise ConfigError(f'the training loader changed after to_private ({other}; batch size {cb.sampler.bs} then, '
-                          f'{loader_bs(dl)} now; rows {len(cb.sampler.rows)} then, {train_rows(dl)} now): ε would be '
-                          'wrong. Make a new learner')
+        raise ConfigError(f'the training loader or its batch size changed after to_private ({other}; batch size '
+                          f'{cb.sampler.bs} then, {loader_bs(dl)} now; rows {len(cb.sampler.rows)} then, '
+                          f'{train_rows(dl)} now): ε would be wrong. Make a new learner')
     if fingerprint(cb.sampler) != cb._fingerprint or cb.sampler.rate != cb.rate:
         raise ConfigError(f'the sampler changed after to_private ({cb._fingerprint} then, {fingerprint(cb.sampler)} '
                           f'now; rate {cb.rate:.4g} then, {cb.sampler.rate:.4g} now): ε would be wrong. Make a new '
