@@ -232,7 +232,7 @@ def attack_panel(
     if features: out.append(feature_attack(dls, attribute, features, seed=seed, run=run))
     if obfuscator is not None and undo:
         undone = train_inverter(part, obfuscator, size=size, epochs=epochs, bs=bs, seed=seed, device=device)
-        mine   = attack_attribute(records, attribute, undone, networks[:1], shuffle=shuffle, seed=seed+100, **kw)
+        mine   = attack_attribute(part, attribute, undone, networks[:1], seed=seed+100, **kw)
         out.append(_named(mine, f'undo + {networks[0]}'))
     if obfuscator is not None and flip:
         out.append(_raw_trained(part, dls, attribute, median, {**kw, 'draws': 1, 'seed': seed+200}))

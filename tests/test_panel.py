@@ -68,3 +68,11 @@ def test_networks_of_the_panel_are_those_of_an_attack_alone():
     one  = attack_attribute(recs, 'sex', GaussianNoise(.1), ('small_resnet',), **how).df
     mine = both[both.model == 'small_resnet'].reset_index(drop=True)
     assert set(both.model) == {'small_resnet', 'linear', 'boosted'} and mine.score_sex.tolist() == one.score_sex.tolist()
+
+def test_the_shuffled_control_is_the_same_for_every_attacker():
+    from medprivacy.data.phantom import tiny_records
+    from medprivacy.panel import attack_panel
+    recs = tiny_records(n=40, size=32, attack=.6, seed=2)
+    told = attack_panel(recs, 'sex', GaussianNoise(.1), networks=('small_resnet',), shuffle=True, size=32, draws=1, epochs=1, bs=16, device='cpu').df
+    y = told.pivot(index='image_id', columns='model', values='y_sex')
+    assert y.shape[1] == 5 and y.notna().all(axis=None) and (y.nunique(axis=1) == 1).all()
