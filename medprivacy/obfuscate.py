@@ -121,7 +121,7 @@ def train_obfuscator(
     *,
     maker:str='bottleneck',       # 'redraw', or 'viewmaker', the published network
     maker_args:dict=None,         # Of the maker, e.g. dict(distortion_budget=.1), dict(code=16), dict(strength=.5)
-    attack:str='confusion',       # Attack term (a redraw has none): 'confusion', 'negative' (published), 'prior', 'entropy'
+    attack:str='confusion',       # Attack term: 'confusion', 'negative' (published), 'prior', 'entropy'
     weight:float=1.,              # Of the attack term
     use_disease:bool=True,        # False: the published X-ray form, where nothing protects the disease
     archs:tuple=('small_resnet',)*3,   # Attackers of the game (for the bottleneck only their number counts)
@@ -158,7 +158,8 @@ def train_obfuscator(
     if maker == 'redraw':
         args, net, hist = fit_redraw(defence, attribute, maker_args, epochs=epochs, size=size, bs=bs, seed=seed,
                                      device=device, precision=precision, progress=progress, dls=dls, cbs=cbs)
-        return Obfuscator(net, dict(maker=maker, args=args, attack='none', attackers=0, **told), hist, frozenset(defence.df.patient_id))
+        config = dict(maker=maker, args=args, attack='none', attackers=0, **told)
+        return Obfuscator(net, config, hist, frozenset(defence.df.patient_id))
     args, game = _game(maker, maker_args, archs, dls, size, n_outputs(records), disease)
     learn = game_learner(dls, game, attack, weight, use_disease, attacker_steps, attackers_first, cbs, update=update,
                          attacker_lr=attacker_lr, classes=records.task == 'multiclass', **_losses(dls, records, focal))
