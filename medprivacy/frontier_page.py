@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mechanism_looks', 'draw_frontier', 'frontier_findings', 'sweep_controls', 'write_frontier_page']
 
-# %% ../nbs/63a_frontier_page.ipynb #c136c63f
+# %% ../nbs/63a_frontier_page.ipynb #30804b9e
 from itertools import cycle
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .page import bullets, embed_figure, html_page, html_table, section
 from .report import KINDS
 from .style import LOOKS, Look, need_columns
 
-# %% ../nbs/63a_frontier_page.ipynb #785a7513
+# %% ../nbs/63a_frontier_page.ipynb #a6206171
 _OURS = {'published': Look('#D55E00', 's', '', '--'), 'frequency': Look('#E69F00', 'D', '', '-.'),
          'confusion': Look('#CC79A7', 'P', '', '--'), 'bottleneck': Look('#009E73', '^', '', '-'),
          'blur': Look('#999999', '<', '', ':'), 'pixelate': Look('#000000', 'X', '', ':'),
@@ -38,7 +38,7 @@ def mechanism_looks(
     spare = cycle(_MORE)
     return {m: LOOKS['raw'] if m == 'raw' else _OURS.get(m) or LOOKS.get(m) or next(spare) for m in names}
 
-# %% ../nbs/63a_frontier_page.ipynb #da3295d2
+# %% ../nbs/63a_frontier_page.ipynb #7a48e52e
 @styled
 def draw_frontier(
     table:pd.DataFrame,         # As `frontier_table` returns it
@@ -74,7 +74,7 @@ def draw_frontier(
     ax.set_xlabel(fold(ax, f'AUROC of the findings, retrained classifier, mean of labels{more}'))
     return ax
 
-# %% ../nbs/63a_frontier_page.ipynb #402680e4
+# %% ../nbs/63a_frontier_page.ipynb #6893e32e
 def _say(row, key): return with_interval(dict(value=row[key], lo=row[f'{key}_lo'], hi=row[f'{key}_hi']))
 
 def _raw_said(raw, attribute, phantom):
@@ -113,7 +113,7 @@ def frontier_findings(
                                       f'over.'))
     return out + _against_said(chosen[0], against)
 
-# %% ../nbs/63a_frontier_page.ipynb #c43b658f
+# %% ../nbs/63a_frontier_page.ipynb #c5a27b94
 def _against_said(name, against):
     if against is None or not len(against): return []
     a = against.sort_values('difference')
@@ -125,7 +125,7 @@ def _against_said(name, against):
     if less: out.append(Finding('warning', f'On test patients {", ".join(less)} leaked less than {name}.'))
     return out
 
-# %% ../nbs/63a_frontier_page.ipynb #836fac93
+# %% ../nbs/63a_frontier_page.ipynb #424c1329
 def sweep_controls(
     control:pd.DataFrame,     # model, auroc, se, n, n_patients: attackers trained with the attribute of other patients
     camera:pd.DataFrame,      # One row: auroc, lo, hi, n, n_patients; None: not run
@@ -146,7 +146,7 @@ def sweep_controls(
                                      f'obfuscation '
                                      'takes it away.')]
 
-# %% ../nbs/63a_frontier_page.ipynb #2680729f
+# %% ../nbs/63a_frontier_page.ipynb #b62aa63b
 _FIGURE = ('Leakage of the strongest fresh attacker against the AUROC of classifiers retrained on releases; lower and '
            'to '
            'the right is better. Bars are 95 % intervals over patients, the dashed line is chance; filled: the '
@@ -167,7 +167,7 @@ def _group_rows(df):
     return df[['by', 'group', 'label', 'raw']].assign(**{'retrained [95 % interval]': new, 'loss': df.loss, 'n': df.n,
                                                          'n_patients': df.n_patients})
 
-# %% ../nbs/63a_frontier_page.ipynb #a63eac29
+# %% ../nbs/63a_frontier_page.ipynb #f9ab617c
 def _found(run, rec, best):
     n = rec.get('attribute', 'sex'), run.config.get('data', {}).get('phantom') is True
     chosen = (rec['mechanism'], rec['strength']) if 'mechanism' in rec else None
@@ -179,7 +179,7 @@ def _found(run, rec, best):
     if gone: said.append(Finding('warning', f'Left out, as too rare to be judged here: {", ".join(gone)}.'))
     return [Div(Strong(KINDS[f.kind]), Span(f.text), cls=f'finding {f.kind}') for f in said]
 
-# %% ../nbs/63a_frontier_page.ipynb #1750b8bb
+# %% ../nbs/63a_frontier_page.ipynb #088a3b70
 def _how(run, rec, table):
     config = {k: run.config[k] for k in ('frontier', 'frontier_plan') if k in run.config}
     took   = f'{rec["hours"]:.1f} hours' if rec['hours'] >= 1.5 else f'{rec["hours"]*60:.0f} minutes'
@@ -192,7 +192,7 @@ def _how(run, rec, table):
               f'for the table. All points and the control took {took}.')
     return P(said), H3('Settings'), Pre(tomli_w.dumps(config), tabindex='0')
 
-# %% ../nbs/63a_frontier_page.ipynb #1128c871
+# %% ../nbs/63a_frontier_page.ipynb #be57aada
 def write_frontier_page(
     run:Run,      # With the tables of a sweep
 ) -> Path:        # `frontier.html`

@@ -6,7 +6,7 @@
 __all__ = ['shuffled_records', 'shuffled_control', 'control_table', 'camera_table', 'rank_mechanisms', 'run_sweep', 'write_sweep',
            'shuffled_preds']
 
-# %% ../nbs/69b_frontier_run.ipynb #3b88669e
+# %% ../nbs/69b_frontier_run.ipynb #a9f133b5
 import json
 import time
 from dataclasses import asdict
@@ -27,7 +27,7 @@ from .leakage import panel_of
 from .panel import attack_panel, camera_control
 from .sweep import Sweep, sweep_of
 
-# %% ../nbs/69b_frontier_run.ipynb #4ef003a4
+# %% ../nbs/69b_frontier_run.ipynb #61717a48
 def shuffled_records(
     records:Records,       # With a split
     attribute:str='sex',   # 'sex', 'age>median' or a finding
@@ -43,7 +43,7 @@ def _facts(records, attribute, effort):
     return dict(attribute=attribute, split=split_hash(records),
                 **{k: v for k,v in asdict(effort).items() if k != 'device'})
 
-# %% ../nbs/69b_frontier_run.ipynb #2f4fd55d
+# %% ../nbs/69b_frontier_run.ipynb #e52e29a3
 def shuffled_control(
     run:Run,             # Of a sweep, see `sweep_of`
     records:Records,     # With split and part
@@ -68,7 +68,7 @@ def shuffled_control(
     print(f'  {took:.0f} s', flush=True)
     return preds
 
-# %% ../nbs/69b_frontier_run.ipynb #455e1108
+# %% ../nbs/69b_frontier_run.ipynb #3faa6893
 def control_table(
     preds:Predictions,     # Of `shuffled_control`
     n_boot:int=1000,       # Resamples of patients
@@ -81,7 +81,7 @@ def control_table(
     return pd.DataFrame(dict(model=[c[1] for c in k], auroc=auroc(y, s), se=np.nanstd(draws, 0), n=len(p),
                              n_patients=p.patient_id.nunique()))
 
-# %% ../nbs/69b_frontier_run.ipynb #f030afa0
+# %% ../nbs/69b_frontier_run.ipynb #e32ec5a2
 def camera_table(
     records:Records,      # With split and part
     attribute:str,        # What is hidden
@@ -94,7 +94,7 @@ def camera_table(
     return pd.DataFrame([dict(model='camera', auroc=i.value, lo=i.lo, hi=i.hi, n=len(df),
                               n_patients=df.patient_id.nunique())])
 
-# %% ../nbs/69b_frontier_run.ipynb #1ee1560d
+# %% ../nbs/69b_frontier_run.ipynb #232d424c
 def rank_mechanisms(
     run:Run,                  # Of a sweep, see `sweep_of`
     most_loss:float=.03,      # AUROC that a mechanism may cost, on validation patients
@@ -105,7 +105,7 @@ def rank_mechanisms(
     v = v.assign(key=np.where(v.cheap, v.leakage, v.loss)).sort_values(['cheap', 'key'], ascending=[False, True])
     return v.drop_duplicates('mechanism')[['mechanism', 'strength', 'cheap', 'leakage', 'loss']].reset_index(drop=True)
 
-# %% ../nbs/69b_frontier_run.ipynb #d29ff094
+# %% ../nbs/69b_frontier_run.ipynb #786ed68c
 def run_sweep(
     run:Run,                 # An open run
     records:Records,         # With split, part, and the findings that are kept
@@ -127,7 +127,7 @@ def run_sweep(
     shuffled_control(sub, records, attribute, effort)
     return rank
 
-# %% ../nbs/69b_frontier_run.ipynb #0d62146c
+# %% ../nbs/69b_frontier_run.ipynb #e6fcb62a
 def _summary(best, control, camera, a):
     out = {}
     for r in best.to_dict('records'):
@@ -138,7 +138,7 @@ def _summary(best, control, camera, a):
     r = camera.iloc[0]
     return out | {f'camera.{a}.auroc': dict(value=r.auroc, lo=r.lo, hi=r.hi, n=r.n)}
 
-# %% ../nbs/69b_frontier_run.ipynb #a33556e7
+# %% ../nbs/69b_frontier_run.ipynb #a63bf9ab
 def write_sweep(
     run:Run,                   # After `run_sweep`
     records:Records,           # As there
@@ -167,7 +167,7 @@ def write_sweep(
     write_frontier_page(run)
     return known_sizes(run, best)
 
-# %% ../nbs/69b_frontier_run.ipynb #b7b0d96c
+# %% ../nbs/69b_frontier_run.ipynb #617c088a
 def shuffled_preds(
     run:Run,           # Of a sweep, see `sweep_of`
 ) -> Predictions:      # As stored by `shuffled_control`

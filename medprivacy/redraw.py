@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['loader_codes', 'make_alike', 'DrawingLoss', 'fit_redraw']
 
-# %% ../nbs/29a_redraw.ipynb #9838c825
+# %% ../nbs/29a_redraw.ipynb #ee80aa6d
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from .models.redraw import Redraw, group_rows
 from .probe import train_probe
 from .train import in_precision
 
-# %% ../nbs/29a_redraw.ipynb #b3bc762e
+# %% ../nbs/29a_redraw.ipynb #ae5b8362
 @torch.no_grad()
 def loader_codes(
     maker:Redraw,         # With trained teachers
@@ -47,7 +47,7 @@ def make_alike(
     maker.fit_groups(codes.to(maker.centre.device), rows.to(maker.centre.device))
     return maker
 
-# %% ../nbs/29a_redraw.ipynb #946c0b65
+# %% ../nbs/29a_redraw.ipynb #7cbb80a9
 class _Drawing(nn.Module):
     "Pictures, with the codes they were drawn from and those the teachers read in them"
     def __init__(self, maker):
@@ -78,7 +78,7 @@ class _OriginalCallback(Callback):
     "The target is the image itself"
     def before_batch(self): self.learn.yb = (self.xb[0],)
 
-# %% ../nbs/29a_redraw.ipynb #f9318e89
+# %% ../nbs/29a_redraw.ipynb #2c1d0c26
 def fit_redraw(
     defence:Records,          # With a split
     attribute:str='sex',      # What is to be hidden

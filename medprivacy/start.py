@@ -182,7 +182,7 @@ def started_model(
         for p in last.parameters(): nn.init.zeros_(p)
     return model
 
-# %% ../nbs/65b_start.ipynb #35f3bb5a
+# %% ../nbs/65b_start.ipynb #88840a6e
 class _FeatureDL(RecordsDL):
     "Batches of what frozen layers make of images"
     def _gather(self, idxs):

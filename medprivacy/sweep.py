@@ -6,7 +6,7 @@
 __all__ = ['WARN_HOURS', 'sweep_of', 'Sweep', 'check_sweep', 'untrained', 'check_patients', 'rare_findings', 'with_findings',
            'sweep_effort', 'measure_point', 'point_seconds', 'plan_table', 'plan_text']
 
-# %% ../nbs/69a_sweep.ipynb #8562fdcf
+# %% ../nbs/69a_sweep.ipynb #4a050d86
 import json
 import time
 from contextlib import redirect_stdout
@@ -26,7 +26,7 @@ from .options import enough_epochs
 from .panel import attack_panel
 from .probe import train_probe
 
-# %% ../nbs/69a_sweep.ipynb #77511ac9
+# %% ../nbs/69a_sweep.ipynb #92b12319
 def sweep_of(
     run:Run,      # A run folder
 ) -> Run:         # What the functions of `frontier` take
@@ -49,7 +49,7 @@ class Sweep:
         more = {m: self.more_seeds for m in chosen} if self.more_seeds else None
         return frontier_plan(self.mechanisms, self.strengths, seeds=self.seeds, more_seeds=more)
 
-# %% ../nbs/69a_sweep.ipynb #5009fce7
+# %% ../nbs/69a_sweep.ipynb #07bc3f4d
 def _check_strength(name, s):
     try: make_mechanism(name, s) if name in MECHANISMS else None
     except ConfigError as e: raise ConfigError(f'--strengths: {e}') from None
@@ -57,7 +57,7 @@ def _check_strength(name, s):
     if not 0 < s < np.inf or budget and s > 1:
         raise ConfigError(f'--strengths: {name} takes numbers above 0{" and at most 1" if budget else ""}, got {s:g}')
 
-# %% ../nbs/69a_sweep.ipynb #6b6d5251
+# %% ../nbs/69a_sweep.ipynb #1e4c6d5b
 def check_sweep(
     sweep:Sweep,      # To be run
 ) -> None:
@@ -76,7 +76,7 @@ def check_sweep(
     if twice: raise ConfigError(f'{twice[0]}: the same is named twice')
     if not 0 <= sweep.most_loss <= 1: raise ConfigError(f'--most_loss must be in [0,1], got {sweep.most_loss}')
 
-# %% ../nbs/69a_sweep.ipynb #37fc3d4c
+# %% ../nbs/69a_sweep.ipynb #2b50e88b
 def untrained(
     attribute:str,      # What is hidden
     names:tuple=None,   # Mechanisms that were asked for; None: all
@@ -89,7 +89,7 @@ def untrained(
                               f'of {", ".join(MECHANISMS)}')
     return tuple(names or MECHANISMS)
 
-# %% ../nbs/69a_sweep.ipynb #6416e4ef
+# %% ../nbs/69a_sweep.ipynb #b212d362
 def check_patients(
     records:Records,      # With split and part
     attribute:str,        # What is hidden
@@ -113,7 +113,7 @@ def check_patients(
                             f'{attribute}; '
                             'take more patients, or other shares with --fracs and --attack_share')
 
-# %% ../nbs/69a_sweep.ipynb #599c4518
+# %% ../nbs/69a_sweep.ipynb #7cca6576
 def rare_findings(
     records:Records,      # With split and part
     attribute:str='sex',  # What is hidden; a finding that is hidden is not one to be kept
@@ -127,7 +127,7 @@ def rare_findings(
         rows.append(dict(label=l, kept=not few, few=', '.join(few)))
     return pd.DataFrame(rows, columns=['label', 'kept', 'few'])
 
-# %% ../nbs/69a_sweep.ipynb #48b4a0ee
+# %% ../nbs/69a_sweep.ipynb #a2d94479
 def with_findings(
     records:Records,        # Of a data set
     found:pd.DataFrame,     # Of `rare_findings`
@@ -145,7 +145,7 @@ def with_findings(
                         'name others with --labels, take other shares with --fracs, or lower --min_cases')
     return replace(records, labels=kept + tuple(l for l in records.labels if l == attribute))
 
-# %% ../nbs/69a_sweep.ipynb #6705d520
+# %% ../nbs/69a_sweep.ipynb #f37a3bee
 _STEPS = {'normal': dict(game=400, attack=300, utility=300), 'small': dict(game=100, attack=60, utility=60)}
 
 def sweep_effort(
@@ -162,7 +162,7 @@ def sweep_effort(
     part = {k: records.select(part='defence' if k == 'game' else 'attack') for k in steps}
     return replace(e, **{f'{k}_epochs': enough_epochs(part[k], e.bs, least[k], n) for k,n in steps.items()})
 
-# %% ../nbs/69a_sweep.ipynb #b0675a31
+# %% ../nbs/69a_sweep.ipynb #65a7a7ee
 def _piece(records, attribute, n):
     "Few patients: n training images of each part, half as many for validation and test, both kinds in turn"
     df = records.df.assign(_y=target_values(records, attribute)[:,0])
@@ -185,7 +185,7 @@ def _two(work, clock=time.perf_counter):
     epoch = max(took[1]-took[0], .1*took[0])
     return epoch, max(took[0]-epoch, 0.)
 
-# %% ../nbs/69a_sweep.ipynb #d77c5024
+# %% ../nbs/69a_sweep.ipynb #5aa24e2c
 def _release_seconds(mechanism, records, effort):
     "Of one image"
     x = records_dls(attack_part(records), size=effort.size, bs=effort.bs, device=effort.device).train.one_batch()[0]
@@ -193,7 +193,7 @@ def _release_seconds(mechanism, records, effort):
     start = time.perf_counter(); mechanism(x)
     return (time.perf_counter() - start)/len(x)
 
-# %% ../nbs/69a_sweep.ipynb #82725a36
+# %% ../nbs/69a_sweep.ipynb #5de5bb63
 def measure_point(
     records:Records,       # With split and part
     attribute:str,         # What is hidden
@@ -224,7 +224,7 @@ def measure_point(
         out[m] = plain + game + seen*_release_seconds(made(1), few, effort)
     return {m: out[m] for m in mechanisms}
 
-# %% ../nbs/69a_sweep.ipynb #a3e98b07
+# %% ../nbs/69a_sweep.ipynb #9545bbd2
 WARN_HOURS = 6.     # Above this the plan says how it could be shortened
 
 def _stored(run):
@@ -256,7 +256,7 @@ def point_seconds(
     if keep: atomic_write(f, json.dumps(dict(facts=facts, seconds=known), indent=1) + '\n')
     return known
 
-# %% ../nbs/69a_sweep.ipynb #881ca641
+# %% ../nbs/69a_sweep.ipynb #15ab1a7d
 def plan_table(
     run:Run,           # An open run
     sweep:Sweep,       # What is compared
@@ -281,7 +281,7 @@ def plan_table(
     row('3', 'controls', '', sweep.seeds[:1], [Point('raw', 0., -1)] if 'shuffled-0' not in done else [])
     return pd.DataFrame(rows)
 
-# %% ../nbs/69a_sweep.ipynb #ee602a07
+# %% ../nbs/69a_sweep.ipynb #ad378d09
 def plan_text(
     table:pd.DataFrame,    # Of `plan_table`
 ) -> str:                  # Lines

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['group_rows', 'group_quantiles', 'transport', 'rotations', 'Redraw']
 
-# %% ../../nbs/11a_models.redraw.ipynb #46d7b199
+# %% ../../nbs/11a_models.redraw.ipynb #d8840a01
 import torch
 from torch import nn
 
@@ -13,7 +13,7 @@ from ..core import ConfigError
 from .bottleneck import Bottleneck, add_code_noise
 from .resnet import create_classifier
 
-# %% ../../nbs/11a_models.redraw.ipynb #d009d8eb
+# %% ../../nbs/11a_models.redraw.ipynb #ea9dfad4
 def group_rows(
     cond:torch.Tensor,     # (B,) number of the group; negative or NaN: unknown. None: all unknown
     n:int,                 # Images
@@ -27,7 +27,7 @@ def group_rows(
         raise ConfigError(f'group {int(row.max())-1} is none of the {n_groups} the mechanism knows')
     return row.clamp_min(0)
 
-# %% ../../nbs/11a_models.redraw.ipynb #80d2127d
+# %% ../../nbs/11a_models.redraw.ipynb #16ea3b0f
 def group_quantiles(
     codes:torch.Tensor,    # (n,L)
     rows:torch.Tensor,     # (n,) of `group_rows`
@@ -63,7 +63,7 @@ def rotations(
             for k in range(rounds-1)]
     return torch.stack([*turn, torch.eye(code)])
 
-# %% ../../nbs/11a_models.redraw.ipynb #0996ea1d
+# %% ../../nbs/11a_models.redraw.ipynb #e6f16c17
 class Redraw(Bottleneck):
     "Redraw images from noisy verdicts on the findings"
     def __init__(self,
