@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['loader_codes', 'make_alike', 'DrawingLoss', 'fit_redraw']
 
-# %% ../nbs/29a_redraw.ipynb #ee80aa6d
+# %% ../nbs/29a_redraw.ipynb #fb165e10
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from .models.redraw import Redraw, group_rows
 from .probe import train_probe
 from .train import in_precision
 
-# %% ../nbs/29a_redraw.ipynb #ae5b8362
+# %% ../nbs/29a_redraw.ipynb #47a653bd
 @torch.no_grad()
 def loader_codes(
     maker:Redraw,         # With trained teachers
@@ -43,11 +43,14 @@ def make_alike(
     dls:DataLoaders,       # Of (x, attribute, …)
 ) -> Redraw:               # The same
     "Measure the groups on patients that trained no teacher"
-    codes, rows = loader_codes(maker, [dl for dl in dls.loaders[1:] if len(dl.dataset)])
-    maker.fit_groups(codes.to(maker.centre.device), rows.to(maker.centre.device))
+    loaders     = [dl for dl in dls.loaders[1:] if len(dl.dataset)]
+    codes, rows = loader_codes(maker, loaders)
+    patients    = pd.concat([dl.dataset.records.df.patient_id for dl in loaders])
+    weights     = torch.tensor(1/patients.map(patients.value_counts()).to_numpy(), dtype=torch.float32)
+    maker.fit_groups(*(v.to(maker.centre.device) for v in (codes, rows, weights)))
     return maker
 
-# %% ../nbs/29a_redraw.ipynb #7cbb80a9
+# %% ../nbs/29a_redraw.ipynb #ce53b19b
 class _Drawing(nn.Module):
     "Pictures, with the codes they were drawn from and those the teachers read in them"
     def __init__(self, maker):
@@ -78,7 +81,7 @@ class _OriginalCallback(Callback):
     "The target is the image itself"
     def before_batch(self): self.learn.yb = (self.xb[0],)
 
-# %% ../nbs/29a_redraw.ipynb #2c1d0c26
+# %% ../nbs/29a_redraw.ipynb #e6f6e6dd
 def fit_redraw(
     defence:Records,          # With a split
     attribute:str='sex',      # What is to be hidden
