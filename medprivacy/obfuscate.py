@@ -49,14 +49,23 @@ class Obfuscator:
         "Age at which 'age>median' parts, years"
         return self.config.get('median')
     def __repr__(self): return 'Obfuscator({maker!r}, attribute={attribute!r}, {args})'.format(**self.config)
-    def __call__(self, x, cond=None, generator=None):
+    def _check(self, x):
         c = self.config['args']['num_channels']
         if x.ndim != 4 or x.shape[1] != c: raise DataError(f'images must be (B,{c},H,W), got {tuple(x.shape)}')
         if len(x) and not (0 <= x.amin() and x.amax() <= 1):
             raise DataError(f'images must be in [0,1], got [{x.amin():.3g}, {x.amax():.3g}]')
-        if not len(x): return x
-        more = dict(cond=cond) if isinstance(self.maker, Redraw) else {}
-        with torch.no_grad(): return self.maker.to(x.device)(x, generator=generator, **more).clamp(0, 1)
+    def __call__(self, x, cond=None, generator=None): return self.prepare(x, cond)(generator)
+    def prepare(self, x, cond=None):
+        "A function of a generator that makes one release of `x` at each call; what all have in common is computed once"
+        self._check(x)
+        if not len(x): return lambda generator=None: x
+        maker = self.maker.to(x.device)
+        if not isinstance(maker, Bottleneck): again = lambda generator: maker(x, generator=generator)
+        else:
+            with torch.no_grad(): again = maker.prepare(x, cond)
+        def release(generator=None):
+            with torch.no_grad(): return again(generator).clamp(0, 1)
+        return release
 
 # %% ../nbs/30_obfuscate.ipynb #41422131
 def _save(self:Obfuscator, folder:str|Path) -> Path:

@@ -124,9 +124,13 @@ class Undone:
         self.mechanism, self.net = mechanism, net.eval().requires_grad_(False)
         for k in ('patients', 'attribute', 'median'):
             if hasattr(mechanism, k): setattr(self, k, getattr(mechanism, k))
-    def __call__(self, x, cond=None, generator=None):
-        y = self.mechanism(x, cond, generator)
-        return self.net.to(y.device)(y) if len(y) else y
+    def __call__(self, x, cond=None, generator=None): return self._back(self.mechanism(x, cond, generator))
+    def _back(self, y): return self.net.to(y.device)(y) if len(y) else y
+    def prepare(self, x, cond=None):
+        "As of the mechanism: each call makes one release and leads it back"
+        if not hasattr(self.mechanism, 'prepare'): return lambda: self(x, cond)
+        again = self.mechanism.prepare(x, cond)
+        return lambda: self._back(again())
 
 class _ReleaseCallback(Callback):
     "The input becomes the release, the target the original"

@@ -175,15 +175,15 @@ def _piece(records, attribute, n):
         keep += list(one.index[(one.n.cumsum() - one.n < most) | (one.turn == 0)])
     return records.select(where=records.df.patient_id.isin(keep).to_numpy())
 
-def _two(work, clock=time.perf_counter):
-    "Seconds of an epoch, and of all else"
+def _two(work, clock=time.perf_counter, each=1):
+    "Seconds of an epoch, and of all else, from fits of `each` epochs and of twice as many"
     took = []
-    for epochs in (1, 2):
+    for epochs in (each, 2*each):
         start = clock()
         with redirect_stdout(StringIO()): work(epochs)
         took.append(clock() - start)
     epoch = max(took[1]-took[0], .1*took[0])
-    return epoch, max(took[0]-epoch, 0.)
+    return epoch/each, max(took[0]-epoch, 0.)
 
 # %% ../nbs/69a_sweep.ipynb #5aa24e2c
 def _release_seconds(mechanism, records, effort):
@@ -218,8 +218,9 @@ def measure_point(
     if set(mechanisms) - {'raw'}: plain = judged(make_mechanism('noise', .1))
     for m in [m for m in mechanisms if m != 'raw']:
         made = lambda e: point_mechanism(few, attribute, Point(m, STRENGTHS[m][0]), epochs=e, **kw)
-        game = grow(_two(made), effort.game_epochs, 'defence') if m in TRAINED else 0.
-        seen = 4*effort.draws*len(all_) + effort.attack_epochs*size(records,
+        each = round(1/TRAINED.get(m, {}).get('share', 1.))     # so that half an epoch is one
+        game = grow(_two(made, each=each), effort.game_epochs, 'defence') if m in TRAINED else 0.
+        seen = 3*effort.draws*len(all_) + effort.attack_epochs*size(records,
                                                                     split='train')    # an inverter sees each epoch
         out[m] = plain + game + seen*_release_seconds(made(1), few, effort)
     return {m: out[m] for m in mechanisms}

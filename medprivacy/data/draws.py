@@ -15,7 +15,8 @@ _MOST_BYTES = 4 * 2**30
 
 def release_draws(
     x:torch.Tensor,        # uint8 (N,C,H,W)
-    mechanism:object,      # (x float32 (B,C,H,W) in [0,1], cond (B,) float or None) → the same shape and range
+    mechanism:object,      # (x float32 (B,C,H,W) in [0,1], cond (B,) float or None) → the same shape and range; with
+                           # `prepare(x, cond)`, that gives a function without arguments, each copy is a call of it
     cond:torch.Tensor,     # (N,) the attribute, NaN where unknown
     draws:int=1,           # Copies of each image, with fresh noise each
     *,
@@ -30,6 +31,6 @@ def release_draws(
     with torch.no_grad():
         for i in range(0, len(x), bs):
             xb, cb = x[i:i+bs].to(dev).float().div_(255), cond[i:i+bs].to(dev)
-            for k in range(draws):
-                out[i:i+bs,k] = mechanism(xb, cb).clamp(0, 1).mul(255).round().to('cpu', torch.uint8)
+            again  = mechanism.prepare(xb, cb) if hasattr(mechanism, 'prepare') else lambda: mechanism(xb, cb)
+            for k in range(draws): out[i:i+bs,k] = again().clamp(0, 1).mul(255).round().to('cpu', torch.uint8)
     return out

@@ -62,8 +62,14 @@ class Bottleneck(nn.Module):
         v = self.decoder(self.start(z))
         return v if hw in (None, (self.size, self.size)) else F.interpolate(v, size=hw, mode='bilinear')
 
-    def forward(self, x, generator=None):
-        return self.draw(add_code_noise(self.encode(x), generator), tuple(x.shape[-2:]))
+    strength = 1.              # Standard deviation of the noise
+    def mean(self, x, cond=None): return self.encode(x)
+    def prepare(self, x, cond=None):
+        "A function of a generator that draws one release of `x` at each call; the code is computed once"
+        mu = self.mean(x, cond)
+        return lambda generator=None: self.draw(add_code_noise(mu, generator, self.strength), tuple(x.shape[-2:]))
+
+    def forward(self, x, generator=None, cond=None): return self.prepare(x, cond)(generator)
 
 # %% ../../nbs/10a_models.bottleneck.ipynb #94cd739a
 def add_code_noise(

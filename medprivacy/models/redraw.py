@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['group_rows', 'weighted_quantiles', 'group_quantiles', 'transport', 'rotations', 'Redraw']
 
-# %% ../../nbs/11a_models.redraw.ipynb #d1ccd7b2
+# %% ../../nbs/11a_models.redraw.ipynb #1a0a3aed
 import torch
 from torch import nn
 
 from ..core import ConfigError
-from .bottleneck import Bottleneck, add_code_noise
+from .bottleneck import Bottleneck
 from .resnet import create_classifier
 
-# %% ../../nbs/11a_models.redraw.ipynb #b84492b4
+# %% ../../nbs/11a_models.redraw.ipynb #fb8dcaa8
 def group_rows(
     cond:torch.Tensor,     # (B,) number of the group; negative or NaN: unknown. None: all unknown
     n:int,                 # Images
@@ -27,7 +27,7 @@ def group_rows(
         raise ConfigError(f'group {int(row.max())-1} is none of the {n_groups} the mechanism knows')
     return row.clamp_min(0)
 
-# %% ../../nbs/11a_models.redraw.ipynb #e3c6aeda
+# %% ../../nbs/11a_models.redraw.ipynb #72c1c15d
 def weighted_quantiles(
     x:torch.Tensor,         # (n,L)
     at:torch.Tensor,        # (k,) in (0,1)
@@ -78,7 +78,7 @@ def rotations(
             for k in range(rounds-1)]
     return torch.stack([*turn, torch.eye(code)])
 
-# %% ../../nbs/11a_models.redraw.ipynb #442c21ab
+# %% ../../nbs/11a_models.redraw.ipynb #dbe1c7fb
 class Redraw(Bottleneck):
     "Redraw images from noisy verdicts on the findings"
     def __init__(self,
@@ -133,14 +133,10 @@ class Redraw(Bottleneck):
 
     def encoder(self, x): return torch.stack([t(x).float() for t in self.teachers]).mean(0)
 
-    def alike(self,
+    def mean(self,
         x:torch.Tensor,           # (B,C,H,W) in [0,1]
         cond:torch.Tensor=None,   # (B,) group of each image; NaN: unknown
     ) -> torch.Tensor:            # (B,code)
         "Verdicts without what groups have in common"
         g = group_rows(cond, len(x), self.n_groups).to(x.device)
         return self.between(self.encode(x), g)
-
-    def forward(self, x, generator=None, cond=None):
-        z = add_code_noise(self.alike(x, cond), generator, self.strength)
-        return self.draw(z, tuple(x.shape[-2:]))
