@@ -27,8 +27,8 @@ from .style import LOOKS, Look, need_columns
 _OURS = {'published': Look('#D55E00', 's', '', '--'), 'frequency': Look('#E69F00', 'D', '', '-.'),
          'confusion': Look('#CC79A7', 'P', '', '--'), 'bottleneck': Look('#009E73', '^', '', '-'),
          'blur': Look('#999999', '<', '', ':'), 'pixelate': Look('#000000', 'X', '', ':'),
-         'flow': Look('#7F4F24', '>', '', ':'), 'redraw': Look('#0072B2', 'o', '', '-')}
-_MORE = [Look('#5E3C99', 'p', '', '-'), Look('#1B7837', 'h', '', '-'), Look('#B2182B', 'd', '', '-'),
+         'flow': Look('#7F4F24', '>', '', ':'), 'redraw': Look('#5E3C99', 'p', '', '-')}
+_MORE = [Look('#1B7837', 'h', '', '-'), Look('#B2182B', 'd', '', '-'),
          Look('#35978F', 'H', '', '-')]    # of mechanisms that have no look of their own
 
 def mechanism_looks(
