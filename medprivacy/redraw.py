@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['loader_codes', 'make_alike', 'DrawingLoss', 'fit_redraw']
 
-# %% ../nbs/29a_redraw.ipynb #ad519e38
+# %% ../nbs/29a_redraw.ipynb #8e8efd18
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from .models.redraw import Redraw, group_rows
 from .probe import train_probe
 from .train import in_precision
 
-# %% ../nbs/29a_redraw.ipynb #ce17b805
+# %% ../nbs/29a_redraw.ipynb #b035d927
 @torch.no_grad()
 def loader_codes(
     maker:Redraw,         # With trained teachers
@@ -50,7 +50,7 @@ def make_alike(
     maker.fit_groups(*(v.to(maker.centre.device) for v in (codes, rows, weights)))
     return maker
 
-# %% ../nbs/29a_redraw.ipynb #2ef186ee
+# %% ../nbs/29a_redraw.ipynb #cfa59104
 class _Drawing(nn.Module):
     "Pictures, with the codes they were drawn from and those the teachers read in them"
     def __init__(self, maker):
@@ -81,7 +81,7 @@ class _OriginalCallback(Callback):
     "The target is the image itself"
     def before_batch(self): self.learn.yb = (self.xb[0],)
 
-# %% ../nbs/29a_redraw.ipynb #1c15a1fc
+# %% ../nbs/29a_redraw.ipynb #81c376e8
 def fit_redraw(
     defence:Records,          # With a split
     attribute:str='sex',      # What is to be hidden

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['group_rows', 'weighted_quantiles', 'group_quantiles', 'transport', 'rotations', 'Redraw']
 
-# %% ../../nbs/11a_models.redraw.ipynb #1a0a3aed
+# %% ../../nbs/11a_models.redraw.ipynb #7c8c1132
 import torch
 from torch import nn
 
@@ -13,7 +13,7 @@ from ..core import ConfigError
 from .bottleneck import Bottleneck
 from .resnet import create_classifier
 
-# %% ../../nbs/11a_models.redraw.ipynb #fb8dcaa8
+# %% ../../nbs/11a_models.redraw.ipynb #db5cd2b3
 def group_rows(
     cond:torch.Tensor,     # (B,) number of the group; negative or NaN: unknown. None: all unknown
     n:int,                 # Images
@@ -27,7 +27,7 @@ def group_rows(
         raise ConfigError(f'group {int(row.max())-1} is none of the {n_groups} the mechanism knows')
     return row.clamp_min(0)
 
-# %% ../../nbs/11a_models.redraw.ipynb #72c1c15d
+# %% ../../nbs/11a_models.redraw.ipynb #3897cf26
 def weighted_quantiles(
     x:torch.Tensor,         # (n,L)
     at:torch.Tensor,        # (k,) in (0,1)
@@ -37,7 +37,8 @@ def weighted_quantiles(
     v, order = x.sort(0)
     w = weights.to(x.dtype)[order]
     place = (w.cumsum(0) - w/2)/w.sum(0)
-    i = torch.searchsorted(place.T.contiguous(), at.to(x.dtype).expand(x.shape[1], -1).contiguous()).T.clamp(1, len(x)-1)
+    many = at.to(x.dtype).expand(x.shape[1], -1).contiguous()
+    i = torch.searchsorted(place.T.contiguous(), many).T.clamp(1, len(x)-1)
     p0, p1, v0, v1 = (t.gather(0, j) for t in (place, v) for j in (i-1, i))
     return v0 + ((at[:,None]-p0)/(p1-p0)).clamp(0, 1)*(v1-v0)
 
@@ -78,7 +79,7 @@ def rotations(
             for k in range(rounds-1)]
     return torch.stack([*turn, torch.eye(code)])
 
-# %% ../../nbs/11a_models.redraw.ipynb #dbe1c7fb
+# %% ../../nbs/11a_models.redraw.ipynb #6fe6aa38
 class Redraw(Bottleneck):
     "Redraw images from noisy verdicts on the findings"
     def __init__(self,
