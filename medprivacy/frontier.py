@@ -34,9 +34,9 @@ from .probe import ProbeLoss, probe_predictions, train_probe
 from .resample import interval
 
 # %% ../nbs/63_frontier.ipynb #20a11366
-_NARROW = dict(width=.25)     # Of the viewmakers: a sixteenth of the published network's work
+_NARROW = dict(width=.25)     # Of the viewmakers: a quarter of the published network's channels
 _PUBLISHED = dict(maker='viewmaker', attack='negative', archs=('small_resnet',), attacker_steps=1, attackers_first=True,
-                  share=.5)    # Of the epochs: with half of them it still takes longer than a redraw
+                  share=.5)    # Of the epochs, since every one trains three networks
 TRAINED = {'published': _PUBLISHED, 'frequency': _PUBLISHED,
            'confusion': dict(maker='viewmaker', attack='confusion', archs=('small_resnet',)*2, attacker_steps=2,
                              share=.5),

@@ -103,9 +103,10 @@ def fit_redraw(
     dls = dls or records_dls(defence, (attribute, 'labels'), size, bs, device=device)
     args = dict(num_channels=dls.train.dataset.x.shape[1], size=size, code=n_outputs(defence), **(args or {}))
     maker, hist = Redraw(**args), []
+    own = records_dls(defence, 'labels', size, bs, device=device)     # also images without a known attribute
     for k,arch in enumerate(maker.args['teachers']):
         probe = train_probe(defence, 'labels', arch, size=size, epochs=epochs, bs=bs, lr=lr, seed=seed+k, device=device,
-                            precision=precision, progress=progress, name=f'teacher {k}')
+                            precision=precision, progress=progress, name=f'teacher {k}', dls=own)
         maker.teachers[k].load_state_dict(probe.model.state_dict())
         hist.append(probe.preds.history)
     make_alike(maker.to(dls.device), dls)

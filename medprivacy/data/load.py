@@ -248,13 +248,6 @@ class RecordsDL(TfmdDL):
         "The batch of these rows"
         return self.after_batch(self._gather(idxs))
 
-# %% ../../nbs/01b_data.load.ipynb #af337d6d
-def _known(records, targets, median):
-    "Rows with a known value for every target"
-    keep = np.ones(len(records), bool)
-    for t in targets: keep &= ~np.isnan(target_values(records, t, median)).all(1)
-    return keep
-
 # %% ../../nbs/01b_data.load.ipynb #rel0cond2
 def release_condition(
     records:Records,       # Whose images are released
@@ -263,10 +256,15 @@ def release_condition(
     "What a data holder tells a mechanism about each image"
     name, median = getattr(mechanism, 'attribute', 'sex'), getattr(mechanism, 'median', None)
     if name == 'age>median' and median is None: median = median_age(records)
-    told = target_values(records, name, median)
-    return torch.tensor(told[:,0]).float()
+    return torch.tensor(target_values(records, name, median)[:,0]).float()
 
 # %% ../../nbs/01b_data.load.ipynb #rel0cond1
+def _known(records, targets, median):
+    "Rows with a known value for every target"
+    keep = np.ones(len(records), bool)
+    for t in targets: keep &= ~np.isnan(target_values(records, t, median)).all(1)
+    return keep
+
 def _dl(records, store, rows, targets, median, bs, mechanism, draws, train, batch_tfms, device, channels_last):
     if mechanism is not None:
         store = release_draws(store.index_select(0, rows), mechanism, release_condition(records, mechanism), draws,

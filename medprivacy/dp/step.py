@@ -71,9 +71,9 @@ ENGINES = ('book-keeping', 'opacus')
 def _hooked(model):
     "Opacus' hooks on a model, while the context lasts"
     was = {p: p.requires_grad for p in model.parameters()}
-    try: wrapped = GradSampleModule(model, loss_reduction='sum')
-    except (NotImplementedError, ValueError) as e:
-        raise UnsupportedUnderDP(f"Opacus cannot take this model ({e}): use engine='book-keeping'") from e
+    if errors := GradSampleModule.validate(model):
+        raise UnsupportedUnderDP(f"Opacus cannot take this model ({errors[0]}): use engine='book-keeping'")
+    wrapped = GradSampleModule(model, loss_reduction='sum')
     try: yield wrapped
     finally:
         wrapped._close()

@@ -69,6 +69,7 @@ def transport(
     x0, x1 = source.gather(1, i-1)[:,0], source.gather(1, i)[:,0]
     y0, y1 = (target.expand(len(x), -1, -1).gather(1, j)[:,0] for j in (i-1, i))
     return y0 + ((x-x0)/(x1-x0).clamp_min(1e-6)).clamp(0, 1)*(y1-y0)
+
 def rotations(
     rounds:int,      # How many; the last one turns nothing
     code:int,        # Numbers in a code
@@ -120,7 +121,7 @@ class Redraw(Bottleneck):
         "Measure the groups, round by round"
         for k,t in enumerate(self.turns):
             self.quantiles[k], self.common[k] = group_quantiles(codes @ t, rows, self.n_groups,
-                                                                    self.args['knots'], weights)
+                                                                self.args['knots'], weights)
             codes = transport(codes @ t, self.quantiles[k][rows], self.common[k]) @ t.T
         self.centre.copy_(codes.mean(0)); self.scale.copy_(codes.std(0).clamp_min(1e-3))
 
@@ -138,6 +139,6 @@ class Redraw(Bottleneck):
         x:torch.Tensor,           # (B,C,H,W) in [0,1]
         cond:torch.Tensor=None,   # (B,) group of each image; NaN: unknown
     ) -> torch.Tensor:            # (B,code)
-        "Verdicts without what groups have in common"
+        "Verdicts made alike between groups"
         g = group_rows(cond, len(x), self.n_groups).to(x.device)
         return self.between(self.encode(x), g)

@@ -19,6 +19,8 @@ from medprivacy.train import _read
 
 # ------------------------------------------------------------ processes that are killed
 
+ENV = {**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get('PYTHONPATH')])])}   # of `faults`
+
 DRIVER = r'''
 "One training over many processes, each a fork that is killed: a JSON line for each, with what its own log says it did"
 import hashlib, json, os, random, signal, sys, time
@@ -31,6 +33,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from pathlib import Path
+from faults import Patched, at_call, die
 import medprivacy.core as core, medprivacy.dp.callback, medprivacy.dp.ledger as ledger_module, medprivacy.train as train
 from medprivacy.dp.ledger import Ledger
 from medprivacy.dp.resume import PrivateCheckpointCallback
@@ -46,21 +49,6 @@ class Truth(Callback):
         g = torch.cat([p.grad.flatten() for p in self.learn.model.parameters()])
         os.write(self._fd, (hashlib.sha256(g.numpy().tobytes()).hexdigest()+'\n').encode()); os.fsync(self._fd)
 
-class Patched:
-    "A module with some functions replaced"
-    def __init__(self, module, **new): self.__dict__.update(_module=module, **new)
-    def __getattr__(self, k): return getattr(self._module, k)
-
-def die(): os.kill(os.getpid(), signal.SIGKILL)
-
-def countdown(n, real, last):
-    "`real`, and at its n-th call `last` instead"
-    left = [n]
-    def f(*args):
-        left[0] -= 1
-        return real(*args) if left[0] else last(real, *args)
-    return f
-
 def torn(real, fd, data): real(fd, data[:draw.randrange(len(data)+1)]); die()
 def before(real, *args): die()
 def after(real, *args): real(*args); die()
@@ -69,12 +57,12 @@ def half_file(real, path, data):
 
 def fault(kind, n):
     "Prepare the death of this process"
-    if kind == 'ledger write':  ledger_module.os = Patched(os, write=countdown(n, os.write, torn))
-    if kind == 'before fsync':  ledger_module.os = Patched(os, fsync=countdown(n, os.fsync, before))
-    if kind == 'after fsync':   ledger_module.os = Patched(os, fsync=countdown(n, os.fsync, after))
-    if kind == 'checkpoint write':  train.atomic_write = countdown(max(1, n//3), core.atomic_write, half_file)
-    if kind == 'checkpoint rename': core.os = Patched(os, replace=countdown(max(1, n//3), os.replace, before))
-    if kind == 'checkpoint there':  core.os = Patched(os, replace=countdown(max(1, n//3), os.replace, after))
+    if kind == 'ledger write':  ledger_module.os = Patched(os, write=at_call(n, os.write, torn))
+    if kind == 'before fsync':  ledger_module.os = Patched(os, fsync=at_call(n, os.fsync, before))
+    if kind == 'after fsync':   ledger_module.os = Patched(os, fsync=at_call(n, os.fsync, after))
+    if kind == 'checkpoint write':  train.atomic_write = at_call(max(1, n//3), core.atomic_write, half_file)
+    if kind == 'checkpoint rename': core.os = Patched(os, replace=at_call(max(1, n//3), os.replace, before))
+    if kind == 'checkpoint there':  core.os = Patched(os, replace=at_call(max(1, n//3), os.replace, after))
 
 def learner():
     torch.manual_seed(0)
@@ -124,7 +112,7 @@ for i in range(kills+1):
 '''
 
 def killed_training(folder, kills, block, epochs):
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', DRIVER, str(folder), str(kills), str(block), str(epochs)], capture_output=True, text=True, timeout=900)
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', DRIVER, str(folder), str(kills), str(block), str(epochs)], capture_output=True, text=True, timeout=900, env=ENV)
     assert p.returncode==0, p.stderr[-3000:]
     return [json.loads(l) for l in p.stdout.splitlines()], json.loads((folder/'done.json').read_text())
 

@@ -6,6 +6,8 @@ import torch
 from medprivacy.dp.account import epsilon
 from medprivacy.dp.ledger import Ledger
 
+ENV = {**os.environ, 'PYTHONPATH': os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get('PYTHONPATH')])])}   # of `faults`
+
 DRIVER = r'''
 "Trainings over many starts, each some forked processes that find one another as under torchrun, some of them killed: a JSON line for each start"
 import hashlib, json, os, random, signal, socket, sys, time
@@ -17,27 +19,13 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from faults import Patched, at_call, die
 import medprivacy.core as core, medprivacy.dp.callback, medprivacy.dp.ledger as ledger_module, medprivacy.train as train
 from medprivacy.dp.ledger import Ledger
 from medprivacy.dp.parallel import start_ranks
 from medprivacy.dp.resume import PrivateCheckpointCallback
 
 torch.set_num_threads(1)
-
-class Patched:
-    "A module with some functions replaced"
-    def __init__(self, module, **new): self.__dict__.update(_module=module, **new)
-    def __getattr__(self, k): return getattr(self._module, k)
-
-def die(): os.kill(os.getpid(), signal.SIGKILL)
-
-def at_call(n, real, last):
-    "`real`, and at its n-th call `last` instead"
-    left = [n]
-    def f(*args):
-        left[0] -= 1
-        return real(*args) if left[0] else last(real, *args)
-    return f
 
 def torn(real, fd, data): real(fd, data[:len(data)//2]); die()
 def half_file(real, path, data): (path.parent/f'.{path.name}.half').write_bytes(data[:len(data)//2]); die()
@@ -158,7 +146,7 @@ for name,plan in json.loads(sys.argv[2]).items():
 
 def train(root, plans):
     "Of each plan: its folder, what each start told, and what each rank of the last one found"
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', DRIVER, str(root), json.dumps(plans)], capture_output=True, text=True, timeout=900)
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', DRIVER, str(root), json.dumps(plans)], capture_output=True, text=True, timeout=900, env=ENV)
     assert p.returncode == 0, p.stderr[-3000:]
     told, out = [json.loads(l) for l in p.stdout.splitlines()], {}
     for name,plan in plans.items():

@@ -278,3 +278,8 @@ def test_a_buffer_that_carries_images_is_refused():
     with pytest.raises(UnsupportedUnderDP, match='centre'): learner(model=Remembers()).to_private(noise_multiplier=1.).fit(1)
     spectral = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(64,2)))
     learner(model=spectral).to_private(noise_multiplier=1.).fit(1)    # made of weights alone
+
+def test_what_opacus_cannot_take_is_refused_by_name():
+    from medprivacy.dp.step import _hooked
+    with pytest.raises(UnsupportedUnderDP, match="Opacus cannot take.*BatchNorm.*engine='book-keeping'"):
+        with _hooked(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))): pass
