@@ -27,7 +27,7 @@ def group_rows(
         raise ConfigError(f'group {int(row.max())-1} is none of the {n_groups} the mechanism knows')
     return row.clamp_min(0)
 
-# %% ../../nbs/11a_models.redraw.ipynb #3897cf26
+# %% ../../nbs/11a_models.redraw.ipynb #alike000
 def weighted_quantiles(
     x:torch.Tensor,         # (n,L)
     at:torch.Tensor,        # (k,) in (0,1)
@@ -58,6 +58,7 @@ def group_quantiles(
         out.append(weighted_quantiles(codes[k], at, w[k]) if int(k.sum()) >= 8 else every)
     return torch.stack([every, *out]), torch.stack(out).mean(0)
 
+# %% ../../nbs/11a_models.redraw.ipynb #alike001
 def transport(
     x:torch.Tensor,       # (B,L)
     source:torch.Tensor,  # (B,knots,L) quantiles of the group of each row
@@ -70,6 +71,7 @@ def transport(
     y0, y1 = (target.expand(len(x), -1, -1).gather(1, j)[:,0] for j in (i-1, i))
     return y0 + ((x-x0)/(x1-x0).clamp_min(1e-6)).clamp(0, 1)*(y1-y0)
 
+# %% ../../nbs/11a_models.redraw.ipynb #alike002
 def rotations(
     rounds:int,      # How many; the last one turns nothing
     code:int,        # Numbers in a code
