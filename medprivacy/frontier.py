@@ -130,7 +130,9 @@ def _findings(records, attribute):
 
 def _quality(records, attribute, size, mechanism):
     dl = records_dls(records.select(part='attack'), attribute, size, device='cpu').valid
-    return image_quality(mechanism, dl.fetch(range(min(128, len(dl.dataset))))[0])
+    x, told = dl.fetch(range(min(128, len(dl.dataset))))[:2]
+    made = None if mechanism is None else lambda v: mechanism(v, told.float().view(-1))
+    return image_quality(made, x)
 
 # %% ../nbs/63_frontier.ipynb #16d048ba
 @dataclass(frozen=True)

@@ -203,8 +203,8 @@ def probe_predictions(
     "Score the validation patients (for thresholds) and the test patients"
     parts = []
     for dl in dls.loaders[1:]:
+        if not len(dl.dataset): continue    # perhaps nobody is tested
         y = dl.dataset.ys[0].float().view(len(dl.dataset), -1).numpy()
-        if len(y):
-            parts.append(make_predictions(dl.dataset.records, y, scores_of_model(model, dl, loss), labels, model=name,
-                                          run=run, task=task))
+        parts.append(make_predictions(dl.dataset.records, y, scores_of_model(model, dl, loss), labels, model=name,
+                                      run=run, task=task))
     return Predictions(pd.concat([p.df for p in parts], ignore_index=True), labels, task)

@@ -4,7 +4,8 @@ One line per point: point, ratio, goal, ok|short, tab-separated; medians of inte
 (goal -). A step is forward, loss and clipped sum. A logical step is 4 physical batches of 32, one noise and one step of NAdam, made of what the
 training loop is made of (`clipped_batch`, `NoiseSource`); its normal form adds up the gradients of the same 4 batches. A bfloat16 step is compared with a
 normal one in float32, and only where the gradients that are added up are seen to be no longer than C. Memory (Linux) is the peak of a fresh process above what it had before the
-first step. Repeats: 7; slow engines make fewer when the time of their point is up, which is said in their line.
+first step. Repeats: 7, of logical steps 21, since neighbours of a virtual machine move
+single ones by a tenth; slow engines make fewer when the time of their point is up, which is said in their line.
 A bench is no test and exits 0; it is for a machine that does nothing else. Run: python tests/bench_dp.py [words that a point must contain]
 """
 import os
@@ -25,7 +26,7 @@ from medprivacy.dp.step import _computing_in, exact_products
 from medprivacy.models.resnet import resnet9
 
 warnings.filterwarnings('ignore')
-C, REPEATS, SLOW_SECONDS = 1., 7, 25
+C, REPEATS, LOGICAL_REPEATS, SLOW_SECONDS = 1., 7, 21, 25
 OTHERS = 'opacus hooks', 'opacus ghost', 'vmap'
 # point → net, px, batch, goal, the other engines
 STEPS = {'step 64 px, batch 16': ('resnet9', 64, 16, 1.5, OTHERS), 'step 64 px, batch 32': ('resnet9', 64, 32, 1.4, OTHERS),
@@ -112,14 +113,14 @@ def logical_of(engine, px, n=4, bs=32, sigma=1.):
     return step
 
 
-def medians(steps, slow=()):
+def medians(steps, slow=(), repeats=REPEATS):
     "Seconds of each, interleaved, and the repeats; those in `slow` sit rounds out when the time of the point is up"
     out = {e: [] for e in steps}
     for _ in range(2):       # the first step of ours chooses its ways by time; the second is like all others
         for e, step in steps.items():
             if e not in slow or not _: step()
     end = time.perf_counter()+SLOW_SECONDS
-    for r in range(REPEATS):
+    for r in range(repeats):
         for e, step in steps.items():
             if e in slow and r >= 1 and time.perf_counter() > end: continue
             start = time.perf_counter(); step(); out[e].append(time.perf_counter()-start)
@@ -178,7 +179,7 @@ def main(*words):
     for point, (net, px, bs, goal, others) in STEPS.items():
         if wanted(point): lines(point, medians({e: step_of(e, px, bs, net) for e in ('normal', 'ours', *others)}, others), {'ours': goal})
     for point, (px, goal) in LOGICAL.items():
-        if wanted(point): lines(point, medians({e: logical_of(e, px) for e in ('normal', 'ours', 'opacus hooks')}, ['opacus hooks']), {'ours': goal})
+        if wanted(point): lines(point, medians({e: logical_of(e, px) for e in ('normal', 'ours', 'opacus hooks')}, ['opacus hooks'], LOGICAL_REPEATS), {'ours': goal})
     if wanted('bfloat16'): bf16()
     for point, (px, goal) in MEMORY.items():
         if not wanted(point): continue

@@ -3,12 +3,14 @@ import numpy as np
 import pytest
 import torch
 from medprivacy.attack import attack_attribute
+from medprivacy.core import DataError
 from medprivacy.data.core import Records
-from medprivacy.data.load import median_age, records_dls, release_condition
+from medprivacy.data.load import load_images, median_age, records_dls, release_condition
 from medprivacy.data.phantom import tiny_records
 from medprivacy.obfuscate import Obfuscator, train_obfuscator
 from medprivacy.panel import train_inverter
 from medprivacy.probe import mean_auroc, train_probe
+from medprivacy.redraw import fit_redraw, teacher_folds
 
 HOW = dict(maker='redraw', size=32, bs=16, epochs=4, device='cpu')
 
@@ -47,6 +49,23 @@ def test_unknown_sex_is_released_as_everybodys():
     odd  = Records(df, part.root, part.labels, part.task, part.name)
     dls  = records_dls(odd, 'labels', 32, 8, mechanism=obf, draws=1, device='cpu')
     assert len(dls.train.dataset) == (df.split == 'train').sum()
+
+def test_groups_are_measured_by_teachers_who_did_not_learn_from_them(monkeypatch):
+    import medprivacy.redraw as redraw
+    recs, learnt, told = tiny_records(n=24, size=32, images_per_patient=2), [], []
+    probe, alike = redraw.train_probe, redraw.make_alike
+    monkeypatch.setattr(redraw, 'train_probe', lambda part, *a, **k: learnt.append(set(part.select(split='train').df.patient_id)) or probe(part, *a, **k))
+    monkeypatch.setattr(redraw, 'make_alike', lambda m, codes, recs, *a: told.append((codes, recs)) or alike(m, codes, recs, *a))
+    _, maker, _ = fit_redraw(recs, size=32, bs=16, epochs=1, device='cpu')
+    (codes, seen), = told
+    assert sorted(seen.df.image_id) == sorted(recs.df.image_id) and len(learnt) == 3 and not set.intersection(*learnt)
+    images = load_images(seen, 32)
+    for who, teacher in zip(learnt, maker.teachers):
+        out = (~seen.df.patient_id.isin(who)).to_numpy(copy=True)
+        with torch.no_grad(): torch.testing.assert_close(codes[out], teacher.eval()(images[out].float()/255).cpu())
+
+def test_more_teachers_than_patients_are_refused():
+    with pytest.raises(DataError, match='5 teachers need at least as many patients, got 4'): teacher_folds(tiny_records(n=4, size=32), 5)
 
 def test_classes_and_colour():
     eyes   = tiny_records(n=40, size=32, modality='fundus', attack=.5)

@@ -90,7 +90,7 @@ class Redraw(Bottleneck):
         size:int=64,            # Side at which images are judged and drawn: a multiple of 16
         code:int=1,             # Verdicts: findings, or classes
         *,
-        teachers:tuple=('small_resnet',)*2,   # Classifiers, see `create_classifier`
+        teachers:tuple=('small_resnet',)*3,   # Classifiers, see `create_classifier`
         n_groups:int=2,         # Groups of the attribute
         strength:float=.5,      # τ: noise in standard deviations of a verdict
         knots:int=32,           # Quantiles by which groups are made alike

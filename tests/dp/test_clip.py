@@ -5,7 +5,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from medprivacy.core import ConfigError, UnsupportedUnderDP
-from medprivacy.dp.clip import check_model, clipped_batch, clipped_gradient
+from medprivacy.dp.clip import check_model, clipped_batch, clipped_gradient, sample_losses
 from medprivacy.models.resnet import make_private_ready, resnet9
 
 def by_loop(model, loss_func, x, y, c):
@@ -89,6 +89,23 @@ def test_losses_and_pieces(name, physical_bs):
     o = compare(model, loss, X, y, .5, physical_bs=physical_bs)
     assert o.preds.shape==(7,2) and not o.preds.requires_grad
     assert torch.allclose(o.losses, torch.stack([loss(o.preds[i:i+1], y[i:i+1]) for i in range(7)]))
+
+def branching(p, y):
+    "A loss with Python in it: one call for all images cannot follow it"
+    return F.mse_loss(p, y) if float(y.sum()) > 0 else F.l1_loss(p, y)
+
+
+@pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(weight=torch.tensor([1., 9., 2.])), nn.CrossEntropyLoss(label_smoothing=.1), branching,
+                                  nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1., 4., 2.]))], ids=['weighted', 'smoothed', 'branching', 'positive weights'])
+def test_losses_of_images_equal_one_call_for_each(loss):
+    torch.manual_seed(0)
+    pred = torch.randn(6, 3, requires_grad=True)
+    y    = torch.tensor([0, 1, 2, 2, 1, 0]) if isinstance(loss, nn.CrossEntropyLoss) else torch.rand(6, 3)-.5*(torch.arange(6) % 2)[:, None]
+    want = torch.stack([loss(pred[i:i+1], y[i:i+1]) for i in range(6)])
+    got  = sample_losses(loss, pred, (y,))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), pred)[0] for o in (got, want)))
+
 
 @pytest.mark.parametrize('net', ['resnet9', 'resnet18 unmodified but for its norms', 'resnet18 converted'])
 def test_networks(net):
