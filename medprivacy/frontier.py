@@ -25,7 +25,7 @@ from .data.load import records_dls
 from .evaluate import auroc, bootstrap_auroc, scores_of
 from .fairness import by_group
 from .fits import changed
-from .leakage import panel_of
+from .leakage import panel_of, strongest_leakage
 from .mechanisms import MECHANISMS, make_mechanism
 from .models.resnet import create_classifier
 from .obfuscate import train_obfuscator
@@ -220,9 +220,15 @@ def _leak(preds, split, n_boot):
     k = [c for c in p if isinstance(c, tuple)]
     a, d = _draws(np.repeat(p.y.to_numpy()[:,None], len(k), 1), p[k].to_numpy(), p.patient_id.to_numpy(), n_boot)
     fold = np.where(np.isnan(d), -np.inf, np.maximum(d, 1-d)).max(1)
+    fold = np.where(np.isfinite(fold), fold, np.nan)
     best = np.nanargmax(np.maximum(a, 1-a))
-    return max(a[best], 1-a[best]), np.where(np.isfinite(fold), fold,
-                                             np.nan), k[best][1], len(p), p.patient_id.nunique()
+    return max(a[best], 1-a[best]), fold, k[best][1], len(p), p.patient_id.nunique()
+
+def _floor(preds, split, n_boot, level):
+    "Lower bound of the strongest: 0.5 where no attacker is surely above it, though the largest of several always is"
+    p = panel_of(preds, preds.labels[0], split=split)
+    s = p[[c for c in p if isinstance(c, tuple)]].to_numpy()
+    return strongest_leakage(p.y.to_numpy(), s, patient=p.patient_id.to_numpy(), n_boot=n_boot, level=level).lo
 
 # %% ../nbs/63_frontier.ipynb #7cb4e8bc
 def _use(preds, model, split, n_boot):
@@ -233,11 +239,11 @@ def _use(preds, model, split, n_boot):
     d = np.ma.masked_invalid(d[:,~np.isnan(a)])
     return np.nanmean(a), d.mean(1).filled(np.nan)    # a resample may hold one kind only of every finding
 
-def _of_point(run, p, split, n_boot, raw):
+def _of_point(run, p, split, n_boot, raw, level):
     told = load_predictions(run.path/'points'/f'{p.name}-attack.parquet')
     kept = load_predictions(run.path/'points'/f'{p.name}-disease.parquet')
     value, draws, best, n, n_pat = _leak(told, split, n_boot)
-    out = dict(leakage=(value, draws), best=best, n=n, n_patients=n_pat)
+    out = dict(leakage=(value, draws), best=best, n=n, n_patients=n_pat, floor=_floor(told, split, n_boot, level))
     if p.mechanism == 'raw': out['retrained'] = out['fixed'] = _use(kept, 'raw', split, n_boot)
     else: out |= {m: _use(kept, m, split, n_boot) for m in ('retrained', 'fixed')}
     base = raw.get(p.seed, out)['retrained']
@@ -257,13 +263,14 @@ def frontier_table(
     points = pd.read_csv(run.path/'tables'/'points.csv')
     raw, rows = {}, []
     for (name, strength), d in points.groupby(['mechanism', 'strength'], sort=False):
-        one = [_of_point(run, Point(name, float(strength), int(k)), split, n_boot, raw) for k in d.seed]
+        one = [_of_point(run, Point(name, float(strength), int(k)), split, n_boot, raw, level) for k in d.seed]
         if name == 'raw': raw.update(dict(zip(d.seed, one)))
         row = dict(mechanism=name, strength=strength, seeds=len(d), best=', '.join(sorted({o['best'] for o in one})))
         for m in _MEASURES:
             i = interval(float(np.mean([o[m][0] for o in one])), np.mean([o[m][1] for o in one], 0),
                          n=one[0]['n_patients'], unit='patient', level=level)
             row |= {m: i.value, f'{m}_lo': i.lo, f'{m}_hi': i.hi}
+        row['leakage_lo'] = min(row['leakage_lo'], float(np.mean([o['floor'] for o in one])))
         rows.append(row | dict(n=one[0]['n'], n_patients=one[0]['n_patients'],
                                **d[['mean_change', 'psnr', 'ssim']].mean().to_dict()))
     return pd.DataFrame(rows)
