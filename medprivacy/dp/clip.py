@@ -145,7 +145,7 @@ def sample_losses(
         if loss.numel() != 1:
             raise UnsupportedUnderDP(f'the loss of one image has shape {tuple(loss.shape)}: it must be one number')
         return loss.reshape(())
-    try: return torch.vmap(lambda p,*y: one(p, y), randomness='different')(pred, *yb)   # All at once, where the loss allows it
+    try: return torch.vmap(lambda p,*y: one(p, y), randomness='different')(pred, *yb)   # Where the loss allows it
     except (RuntimeError, ValueError): return torch.stack([one(*_rows((pred, yb), i)) for i in range(len(yb[0]))])
 
 # %% ../../nbs/40a_dp.clip.ipynb #39bed30b
