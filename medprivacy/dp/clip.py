@@ -140,13 +140,12 @@ def sample_losses(
     yb:tuple,              # Targets of the batch
 ) -> torch.Tensor:         # Loss of each image alone (B,)
     "Evaluate the loss on each image by itself"
-    def one(p, y):
-        loss = loss_func(_rows(p, None), *(t[None] for t in y))
+    def one(i):
+        loss = loss_func(_rows(pred, slice(i,i+1)), *(y[i:i+1] for y in yb))
         if loss.numel() != 1:
             raise UnsupportedUnderDP(f'the loss of one image has shape {tuple(loss.shape)}: it must be one number')
         return loss.reshape(())
-    try: return torch.vmap(lambda p,*y: one(p, y), randomness='different')(pred, *yb)   # Where the loss allows it
-    except (RuntimeError, ValueError): return torch.stack([one(*_rows((pred, yb), i)) for i in range(len(yb[0]))])
+    return torch.stack([one(i) for i in range(len(yb[0]))])
 
 # %% ../../nbs/40a_dp.clip.ipynb #39bed30b
 def _same(a, b, tol=1e-2):
