@@ -25,7 +25,7 @@ from .data.load import records_dls
 from .evaluate import auroc, bootstrap_auroc, scores_of
 from .fairness import by_group
 from .fits import changed
-from .leakage import panel_of, strongest_leakage
+from .leakage import panel_of, strongest_of
 from .mechanisms import MECHANISMS, make_mechanism
 from .models.resnet import create_classifier
 from .obfuscate import train_obfuscator
@@ -213,22 +213,15 @@ def _draws(y, s, patient, n_boot):
     "Area of every column, and its resamples: rows are resamples"
     return auroc(y, s), bootstrap_auroc(y, s, n_boot, patient, 0)
 
-def _leak(preds, split, n_boot):
-    "Leakage of the strongest attacker (its name), and its resamples"
-    t = preds.labels[0]
-    p = panel_of(preds, t, split=split)
+def _leak(preds, split, n_boot, level=.95):
+    "Leakage of the strongest attacker, its resamples, name, lower bound, and the numbers of images and patients"
+    p = panel_of(preds, preds.labels[0], split=split)
     k = [c for c in p if isinstance(c, tuple)]
     a, d = _draws(np.repeat(p.y.to_numpy()[:,None], len(k), 1), p[k].to_numpy(), p.patient_id.to_numpy(), n_boot)
     fold = np.where(np.isnan(d), -np.inf, np.maximum(d, 1-d)).max(1)
     fold = np.where(np.isfinite(fold), fold, np.nan)
-    best = np.nanargmax(np.maximum(a, 1-a))
-    return max(a[best], 1-a[best]), fold, k[best][1], len(p), p.patient_id.nunique()
-
-def _floor(preds, split, n_boot, level):
-    "Lower bound of the strongest: 0.5 where no attacker is surely above it, though the largest of several always is"
-    p = panel_of(preds, preds.labels[0], split=split)
-    s = p[[c for c in p if isinstance(c, tuple)]].to_numpy()
-    return strongest_leakage(p.y.to_numpy(), s, patient=p.patient_id.to_numpy(), n_boot=n_boot, level=level).lo
+    i    = strongest_of(a, d, n=p.patient_id.nunique(), level=level)
+    return i.value, fold, k[np.nanargmax(np.maximum(a, 1-a))][1], i.lo, len(p), i.n
 
 # %% ../nbs/63_frontier.ipynb #7cb4e8bc
 def _use(preds, model, split, n_boot):
@@ -242,8 +235,8 @@ def _use(preds, model, split, n_boot):
 def _of_point(run, p, split, n_boot, raw, level):
     told = load_predictions(run.path/'points'/f'{p.name}-attack.parquet')
     kept = load_predictions(run.path/'points'/f'{p.name}-disease.parquet')
-    value, draws, best, n, n_pat = _leak(told, split, n_boot)
-    out = dict(leakage=(value, draws), best=best, n=n, n_patients=n_pat, floor=_floor(told, split, n_boot, level))
+    value, draws, best, floor, n, n_pat = _leak(told, split, n_boot, level)
+    out = dict(leakage=(value, draws), best=best, floor=floor, n=n, n_patients=n_pat)
     if p.mechanism == 'raw': out['retrained'] = out['fixed'] = _use(kept, 'raw', split, n_boot)
     else: out |= {m: _use(kept, m, split, n_boot) for m in ('retrained', 'fixed')}
     base = raw.get(p.seed, out)['retrained']
@@ -297,7 +290,7 @@ def _leaks(run, mechanism, strength, n_boot):
     if not len(p): raise ConfigError(f'{run.path} holds no point {mechanism!r} of strength {strength:g}')
     files = [run.path/'points'/f'{Point(mechanism, float(strength), int(k)).name}-attack.parquet' for k in p.seed]
     one   = [_leak(load_predictions(f), 'test', n_boot) for f in files]
-    return np.mean([o[0] for o in one]), np.mean([o[1] for o in one], 0), one[0][4]
+    return np.mean([o[0] for o in one]), np.mean([o[1] for o in one], 0), one[0][5]
 
 def compare_leakage(
     run:Run,                  # With a table of points

@@ -167,6 +167,7 @@ def train_obfuscator(
     if maker == 'redraw':
         args, net, hist = fit_redraw(defence, attribute, maker_args, epochs=epochs, size=size, bs=bs, lr=lr or 4e-3,
                                      seed=seed, device=device, precision=precision, progress=progress, dls=dls, cbs=cbs)
+        told |= dict(n_images=len(defence), n_patients=defence.df.patient_id.nunique())    # nobody is left out
         config = dict(maker=maker, args=args, attack='none', attackers=0, **told)
         return Obfuscator(net, config, hist, frozenset(defence.df.patient_id))
     args, game = _game(maker, maker_args, archs, dls, size, n_outputs(records), disease)

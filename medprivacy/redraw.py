@@ -30,7 +30,7 @@ from .models.redraw import Redraw, group_rows
 from .probe import train_probe
 from .train import in_precision
 
-# %% ../nbs/29a_redraw.ipynb #b035d927
+# %% ../nbs/29a_redraw.ipynb #05c4aa0d
 def teacher_folds(
     defence:Records,       # With a split
     k:int,                 # Teachers
@@ -43,6 +43,7 @@ def teacher_folds(
     if len(left) < k: raise DataError(f'{k} teachers need at least as many patients, got {len(left)}')
     return [defence.with_split(np.where(np.isin(np.arange(len(defence)), out), 'valid', 'train')) for out in left]
 
+# %% ../nbs/29a_redraw.ipynb #d6805b59
 @torch.no_grad()
 def loader_codes(
     teacher:nn.Module,    # A classifier
@@ -52,6 +53,7 @@ def loader_codes(
     teacher.eval()
     return torch.cat([teacher(b[0]).float().cpu() for b in dl])
 
+# %% ../nbs/29a_redraw.ipynb #213ca963
 def make_alike(
     maker:Redraw,          # Its groups are measured
     codes:torch.Tensor,    # (n,L) verdicts of teachers who did not learn from these patients
