@@ -157,7 +157,8 @@ class ConvTerm:
 
     @property
     def ways(self):
-        return {'image': self._image, 'groups': self._as_groups, 'bands': lambda: _by_bands(self)}
+        return {'image': self._image, 'groups': self._as_groups, 'patches': lambda: _by_patches(self),
+                'bands': lambda: _by_bands(self)}
     @property
     def ghosts(self):
         t, s = math.prod(self.g.shape[2:])*self.views, _phase_size(self)
@@ -207,6 +208,14 @@ def _by_bands(t):
             for r,b in enumerate(_bands(a, t.shape, g.shape[2:], t.spec)):
                 torch.baddbmm(out[to,r], g.flatten(2), b.transpose(1,2), beta=min(v,1), out=out[to,r])
     return out.view(n, m, rows, o//m, i, *rest).movedim(2, 4).flatten(1,2)
+
+def _by_patches(t):
+    "Gradients of all images from their patches, few images at a time"
+    out, at = t.g.new_empty(t.n*t.groups, t.shape[0]//t.groups, math.prod(t.shape[1:])), 0
+    for part in _few(t, _patch_size(t)):
+        u,g = part._matrices()
+        torch.bmm(g, u.transpose(1,2), out=out[at:(at := at+len(g))])
+    return out.view(t.n, *t.shape)
 
 def _one_product(t, c):
     "Weighted sum from the patches of all images, side by side"

@@ -31,7 +31,7 @@ class _Stream:
         self.encryptor.update_into(zeros, buffer)
 
 # %% ../../nbs/40e_dp.noise.ipynb #29e9e8f3
-_CHUNK = 2**16   # Normal numbers made at a time: what stays in a core's own cache
+_CHUNK = 2**19   # Normal numbers made at a time: enough for several threads, few enough for a cache
 
 class _Normals:
     "Standard normal numbers from a stream, a chunk at a time"

@@ -6,6 +6,7 @@ import torchvision
 from torch import nn
 from medprivacy.core import ConfigError, UnsupportedUnderDP
 from medprivacy.dp.clip import check_model, clipped_batch, clipped_gradient, sample_losses
+from medprivacy.objectives.focal import MaskedBCE, MultilabelFocalLoss
 from medprivacy.models.resnet import make_private_ready, resnet9
 
 def by_loop(model, loss_func, x, y, c):
@@ -95,7 +96,9 @@ def branching(p, y):
     return F.mse_loss(p, y) if float(y.sum()) > 0 else F.l1_loss(p, y)
 
 @pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(weight=torch.tensor([1., 9., 2.])), nn.CrossEntropyLoss(label_smoothing=.1), branching,
-                                  nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1., 4., 2.]))], ids=['weighted', 'smoothed', 'branching', 'positive weights'])
+                                  nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1., 4., 2.])), nn.BCEWithLogitsLoss(), MaskedBCE(), MaskedBCE([1., 4., 2.]),
+                                  MultilabelFocalLoss(2.)], ids=['weighted', 'smoothed', 'branching', 'positive weights', 'labels', 'known labels',
+                                  'known labels, positive weights', 'focal'])
 def test_losses_of_images_equal_one_call_for_each(loss):
     torch.manual_seed(0)
     pred = torch.randn(6, 3, requires_grad=True)
@@ -104,6 +107,27 @@ def test_losses_of_images_equal_one_call_for_each(loss):
     got  = sample_losses(loss, pred, (y,))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), pred)[0] for o in (got, want)))
+
+def test_losses_that_stand_alone_are_asked_once_and_others_image_by_image(monkeypatch):
+    calls = []
+    for kind in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, MaskedBCE):
+        monkeypatch.setattr(kind, 'forward', lambda self,*a,f=kind.forward: calls.append(len(a[0])) or f(self, *a))
+    pred, classes, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), torch.rand(4, 3)
+    for loss,y in ((nn.CrossEntropyLoss(), classes), (nn.BCEWithLogitsLoss(), labels), (MaskedBCE(), labels)): sample_losses(loss, pred, (y,))
+    assert not calls
+    for loss,y in ((nn.CrossEntropyLoss(torch.ones(3)), classes), (nn.CrossEntropyLoss(ignore_index=2), classes), (nn.CrossEntropyLoss(), torch.full((4, 3), 1/3)),
+                   (nn.CrossEntropyLoss(reduction='sum'), classes), (nn.BCEWithLogitsLoss(torch.ones(3)), labels), (MaskedBCE(reduction='sum'), labels)):
+        sample_losses(loss, pred, (y,))
+        assert calls==[1]*4
+        calls.clear()
+
+def test_known_labels_of_one_image_count_for_that_image_alone():
+    pred, y = torch.randn(5, 3, requires_grad=True), torch.tensor([[1., float('nan'), 0.], [-1., -1., -1.], [0., 1., 1.], [float('nan'), 1., -1.], [.3, 0., 1.]])
+    want = torch.stack([MaskedBCE([2., 1., 3.])(pred[i:i+1], y[i:i+1]) for i in range(5)])
+    got  = sample_losses(MaskedBCE([2., 1., 3.]), pred, (y,))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), pred)[0] for o in (got, want)))
+    assert got[1]==0
 
 @pytest.mark.parametrize('net', ['resnet9', 'resnet18 unmodified but for its norms', 'resnet18 converted'])
 def test_networks(net):

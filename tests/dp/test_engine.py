@@ -96,7 +96,7 @@ def test_every_way_gives_the_same(views, groups, stride, dilation):
     torch.manual_seed(0)
     term, each = conv_terms(4, views, groups, stride, dilation)
     want, c = each.flatten(1).square().sum(1), torch.rand(4).double()
-    assert set(term.ways)=={'image','groups','bands'} and ('pixels' in term.ghosts)==(views==groups==1)
+    assert set(term.ways)=={'image','groups','patches','bands'} and ('pixels' in term.ghosts)==(views==groups==1)
     for f in term.ways.values(): assert (f()-each).abs().max() < 1e-10
     for f in term.ghosts.values(): assert ((f()[0]-want)/want).abs().max() < 1e-10
     assert set(term.sums)=={'batch','patches'}-({'patches'} if groups > 1 else set())
@@ -123,7 +123,7 @@ def test_a_ghost_norm_that_loses_digits_is_made_again_for_its_images_only(monkey
     for _ in range(2): assert ((measure(term)[0]-want).abs()/want).max() < 1e-5
     assert again == [[True,False,True]]*2
 
-@pytest.mark.parametrize('way', ['image','groups','bands'])
+@pytest.mark.parametrize('way', ['image','groups','patches','bands'])
 @pytest.mark.parametrize('ghost,keep', [('gram',False), ('pixels',False), (None,True), (None,False)])
 def test_a_network_by_each_way(monkeypatch, way, ghost, keep):
     def chosen(term):

@@ -24,7 +24,7 @@ def test_numbers_are_standard_normal_and_independent(dtype):
     assert looks_normal(z[:500_000])
     z = z.double()
     assert abs((z**4).mean()-3) < 5*(96/len(z))**.5
-    for lag in (1, 2, 2**15, 2**16):                       # the two halves of a chunk share radii and angles
+    for lag in (1, 2, 2**18, 2**19):                       # the two halves of a chunk share radii and angles
         assert abs((z[lag:]*z[:-lag]).mean()) < 5/len(z)**.5
         assert abs(((z[lag:]**2-1)*(z[:-lag]**2-1)).mean()) < 5*2/len(z)**.5
     tail = (z.abs() > 4).sum().item()                      # 6.3e-5 of them
@@ -62,7 +62,8 @@ def test_a_forked_process_has_other_noise():
     os.waitpid(pid, 0)
     theirs = torch.frombuffer(bytearray(os.read(r, 4000)), dtype=torch.float32)
     ours   = next(source.normals(1000)).clone()
-    assert len(theirs)==1000 and not set(theirs.tolist()) & set(ours.tolist())
+    same = set(theirs.tolist()) & set(ours.tolist())       # float32 has few numbers: now and then two are equal by chance
+    assert len(theirs)==1000 and len(same) < 5
 
 @pytest.mark.parametrize('secure', [False, True])
 def test_copies_carry_no_key_and_draw_other_noise(secure):
@@ -140,7 +141,7 @@ def test_noise_added_by_training(kw):
     whole = [torch.cat(s) for s in steps]
     assert len(steps)==10 and looks_normal(torch.cat(whole), std)
     for s in steps:
-        assert all(looks_normal(p, std) for p in s)                              # each parameter, each step
+        assert all(looks_normal(p, std, 1e-7) for p in s)                        # each parameter, each step
         assert abs((s[0][:10_000]*s[2][:10_000]).mean())/std**2 < 5/1e4**.5      # parameters do not share it
     z = torch.stack(whole)/std
     corr = torch.corrcoef(z) - torch.eye(len(z))
