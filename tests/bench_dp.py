@@ -2,10 +2,14 @@
 
 One line per point: point, ratio, goal, ok|short, tab-separated; medians of interleaved repeats of one run. Nothing is asked of the other engines
 (goal -). A step is forward, loss and clipped sum. A logical step is 4 physical batches of 32, one noise and one step of NAdam, made of what the
-training loop is made of (`clipped_batch`, `NoiseSource`); its normal form adds up the gradients of the same 4 batches. A bfloat16 step is compared with a
-normal one in float32, and only where the gradients that are added up are seen to be no longer than C. Memory (Linux) is the peak of a fresh process above what it had before the
-first step. Repeats: 7, of logical steps 21, since neighbours of a virtual machine move
-single ones by a tenth; slow engines make fewer when the time of their point is up, which is said in their line.
+training loop is made of (`clipped_batch`, `NoiseSource`); its normal form adds up the gradients of the same 4 batches. A bfloat16 step is compared
+with a normal one in float32, and only where the gradients that are added up are seen to be no longer than C. Repeats: 7, of logical steps 21, since
+neighbours of a virtual machine move single ones by a tenth; slow engines make fewer when the time of their point is up, which is said in their line.
+
+Memory (Linux) is the peak of a fresh process above what it had before the first step, with every tensor of 1 MB or more in pages of its own (glibc's
+MALLOC_MMAP_THRESHOLD_): what steps hold. What the heap of a process without that setting keeps besides, in holes between tensors, differs from run to
+run by a tenth: it is printed as `heap`, from the median of three processes each, against the same goal.
+
 A bench is no test and exits 0; it is for a machine that does nothing else. Run: python tests/bench_dp.py [words that a point must contain]
 """
 import os
@@ -136,10 +140,17 @@ def lines(point, found, goals):
         if e != 'normal': line(f'{point}, {e}', t/base, goals.get(e), '' if n >= REPEATS else f', {n} repeats')
 
 
-def peak(engine, px, bs):
+def peak(engine, px, bs, heap=False):
     "MB that steps of an engine need above the idle process, in a process of its own"
-    out = subprocess.run([sys.executable, __file__, '--peak', engine, str(px), str(bs)], capture_output=True, text=True)
+    env = os.environ if heap else {**os.environ, 'MALLOC_MMAP_THRESHOLD_': str(2**20)}
+    out = subprocess.run([sys.executable, __file__, '--peak', engine, str(px), str(bs)], capture_output=True, text=True, env=env)
     return float(out.stdout.split()[-1]) if out.returncode == 0 else float('nan')
+
+
+def heap_of(px, bs, rounds=3):
+    "Median peak of ours over that of a normal step, memory that the heap keeps included"
+    both = [statistics.median(peak(e, px, bs, True) for _ in range(rounds)) for e in ('ours', 'normal')]
+    return both[0]/both[1]
 
 
 def memory_of_this(engine, px, bs):
@@ -185,6 +196,7 @@ def main(*words):
         if not wanted(point): continue
         base = peak('normal', px, 32)
         for e in ('ours', 'opacus hooks') if px == 224 else ('ours', *OTHERS): line(f'{point}, {e}', peak(e, px, 32)/base, goal if e == 'ours' else None)
+        if goal: line(f'{point}, ours, heap', heap_of(px, 32), goal)
     print(f'# load at the end {os.getloadavg()[0]:.2f}')
 
 
