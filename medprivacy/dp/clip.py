@@ -7,16 +7,16 @@ __all__ = ['CLIPPING', 'ClippedBatch', 'sample_losses', 'clipped_batch', 'clippe
 
 # %% ../../nbs/40a_dp.clip.ipynb #463a57d8
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass
 from typing import Callable
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from opacus.validators import ModuleValidator
 from torch import nn
 from ..core import ConfigError, UnsupportedUnderDP
-from ..objectives.focal import MaskedBCE, masked_bce
+from ..objectives.focal import FocalLoss, MaskedBCE, MultilabelFocalLoss
 from .layers import instantiate, measure, sq_norms, weighted
 from .tape import NeedsFunctional, Tape, functional_grads, unseen_uses, watch_module
 
@@ -137,21 +137,25 @@ def _cat(os): return type(os[0])(_cat(v) for v in zip(*os)) if isinstance(os[0],
 def _plain(b): return tuple(t.as_subclass(torch.Tensor).detach() if isinstance(t, torch.Tensor) else t for t in b)
 
 # %% ../../nbs/40a_dp.clip.ipynb #255bd817
+def _with(loss, reduction):
+    twin = copy(loss)
+    twin.reduction = reduction
+    return twin
+
 def _of_classes(loss, pred, y):
     plain = loss.weight is None and loss.reduction=='mean' and pred.dim()==2 and y.dim()==1 and y.dtype==torch.int64
     if not plain or len(pred)!=len(y) or (y < 0).any(): return None   # Negative: left out, or an error
     if (y == loss.ignore_index).any(): return None
-    return F.cross_entropy(pred, y, reduction='none', label_smoothing=loss.label_smoothing)
+    return _with(loss, 'none')(pred, y)
 
 def _of_labels(loss, pred, y):
-    if loss.reduction!='mean' or pred.shape!=y.shape or getattr(loss, 'weight', None) is not None: return None
-    if not isinstance(loss, MaskedBCE):
-        each = F.binary_cross_entropy_with_logits(pred, y, pos_weight=loss.pos_weight, reduction='none')
-        return each.reshape(len(y), -1).mean(1)
-    total, known = (t.reshape(len(y), -1).sum(1) for t in (masked_bce(pred, y, loss.pos_weight, 'none'), y >= 0))
-    return total/known.clamp_min(1)
+    if loss.reduction!='mean' or loss.weight is not None or pred.shape!=y.shape: return None
+    return _with(loss, 'none')(pred, y)[...,None].flatten(1).mean(1)
 
-_ROWS = {nn.CrossEntropyLoss: _of_classes, nn.BCEWithLogitsLoss: _of_labels, MaskedBCE: _of_labels}
+def _of_known(loss, pred, y): return _with(loss, 'row')(pred, y) if loss.reduction=='mean' else None
+
+_ROWS = {nn.CrossEntropyLoss: _of_classes, nn.BCEWithLogitsLoss: _of_labels} | dict.fromkeys(
+    (MaskedBCE, FocalLoss, MultilabelFocalLoss), _of_known)
 
 # %% ../../nbs/40a_dp.clip.ipynb #f884f3ad
 def sample_losses(

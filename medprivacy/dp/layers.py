@@ -34,8 +34,7 @@ def weighted(
 ) -> torch.Tensor:       # (…), a tensor of its own
     "Add up gradients with weights"
     g   = grads.permute(order := _order(grads))
-    out = g.new_empty(g.shape[1:])
-    torch.mv(g.flatten(1).T, c, out=out.view(-1))
+    out = torch.mv(g.flatten(1).T, c).view(g.shape[1:])
     if order==sorted(order): return out
     return out.permute([order.index(i)-1 for i in range(1, g.dim())]).clone(memory_format=torch.contiguous_format)
 
@@ -211,11 +210,8 @@ def _by_bands(t):
 
 def _by_patches(t):
     "Gradients of all images from their patches, few images at a time"
-    out, at = t.g.new_empty(t.n*t.groups, t.shape[0]//t.groups, math.prod(t.shape[1:])), 0
-    for part in _few(t, _patch_size(t)):
-        u,g = part._matrices()
-        torch.bmm(g, u.transpose(1,2), out=out[at:(at := at+len(g))])
-    return out.view(t.n, *t.shape)
+    parts = map(ConvTerm._matrices, _few(t, _patch_size(t)))
+    return torch.cat([torch.bmm(g, u.transpose(1,2)) for u,g in parts]).view(t.n, *t.shape)
 
 def _one_product(t, c):
     "Weighted sum from the patches of all images, side by side"
@@ -264,8 +260,7 @@ class EmbeddingTerm:
     @property
     def ghosts(self): return {'rows': self._rows}
     def _table(self):
-        out = self.g.new_zeros(self.n, *self.shape)
-        return out.scatter_add_(1, self.a[...,None].expand_as(self.g), self.g)
+        return self.g.new_zeros(self.n, *self.shape).scatter_add_(1, self.a[...,None].expand_as(self.g), self.g)
     def _rows(self):
         "Norms from the rows that occur: those of one id in one image are added first"
         image = torch.arange(self.n, device=self.a.device)[:,None]
@@ -336,8 +331,7 @@ def measure(
 ) -> tuple[torch.Tensor, torch.Tensor|None]: # Squared norms (n,), and the gradients if they are worth keeping
     "Squared norm of each image's gradient, the fastest way for these shapes"
     if not hasattr(term, 'total'):
-        grads = instantiate(term)
-        return sq_norms(grads), grads
+        return sq_norms(grads := instantiate(term)), grads
     if (key := _key(term)) not in _CHOICES: _CHOICES[key] = _choose(term)
     ghost,way,keep,term.sum = _CHOICES[key]
     if ghost is not None:

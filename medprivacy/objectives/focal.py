@@ -28,11 +28,14 @@ def _reduce(loss, valid, reduction):
     "Reduce over the valid entries; zero, with a gradient, where there are none"
     loss = torch.where(valid, loss, 0.)
     if reduction == 'none': return loss
-    return loss.sum() if reduction == 'sum' else loss.sum() / valid.sum().clamp_min(1)
+    if reduction == 'sum': return loss.sum()
+    d = None if reduction == 'mean' else 1
+    if d: loss, valid = (t[..., None].flatten(1) for t in (loss, valid))
+    return loss.sum(d) / valid.sum(d).clamp_min(1)
 
 def _check_reduction(gamma, reduction):
-    if reduction not in ('mean', 'sum', 'none'):
-        raise ConfigError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction not in ('mean', 'sum', 'row', 'none'):
+        raise ConfigError(f"reduction must be 'mean', 'sum', 'row' or 'none', got {reduction!r}")
     if not gamma >= 0: raise ConfigError(f'gamma must be 0 or more, got {gamma}')
 
 # %% ../../nbs/20_objectives.focal.ipynb #b9280a88
@@ -41,7 +44,7 @@ class FocalLoss(nn.Module):
     def __init__(self,
         gamma:float=0,             # Focus; 0 is the cross-entropy
         alpha:list=None,           # One weight for each class, a list or tensor; None: all 1
-        reduction:str='mean',      # 'mean' over the known samples, 'sum', or 'none'
+        reduction:str='mean',      # 'mean' over the known samples, 'sum', 'row' (B,), or 'none'
         detach:bool=False,         # True, the published form: no gradient through (1-p)^γ
     ):
         super().__init__()
@@ -80,7 +83,7 @@ class MultilabelFocalLoss(nn.Module):
     def __init__(self,
         gamma:float=2,             # Focus; 0 is the binary cross-entropy
         alpha:float=None,          # Weight of positives (negatives: 1-alpha), one or one for each label; None: all 1
-        reduction:str='mean',      # 'mean' over the known entries, 'sum', or 'none'
+        reduction:str='mean',      # 'mean' over the known entries, 'sum', 'row' (mean of each row), or 'none'
         scale:float=1.,            # Factor on the result; 10 in the published form
     ):
         super().__init__()
@@ -105,8 +108,8 @@ def masked_bce(
     logits:torch.Tensor,              # (B,L) or (B,)
     y:torch.Tensor,                   # Same shape, 0/1 or soft; NaN or negative: unknown
     pos_weight:torch.Tensor=None,     # (L,) factor on the positive term
-    reduction:str='mean',             # 'mean' over the known entries, 'sum', or 'none'
-) -> torch.Tensor:                    # Scalar; (B,L) for 'none'
+    reduction:str='mean',             # 'mean' over the known entries, 'sum', 'row' (mean of each row), or 'none'
+) -> torch.Tensor:                    # Scalar; (B,) for 'row', (B,L) for 'none'
     "Compute the binary cross-entropy over the known labels"
     logits, y, valid = _entries(logits, y)
     if pos_weight is not None: pos_weight = _like(_weights(pos_weight), logits)
@@ -117,7 +120,7 @@ class MaskedBCE(nn.Module):
     "`masked_bce` as a module, ready for a fastai `Learner`"
     def __init__(self,
         pos_weight:list=None,      # One factor for each label on its positive term; None: all 1
-        reduction:str='mean',      # 'mean' over the known entries, 'sum', or 'none'
+        reduction:str='mean',      # 'mean' over the known entries, 'sum', 'row' (mean of each row), or 'none'
     ):
         super().__init__()
         _check_reduction(0, reduction)

@@ -6,8 +6,8 @@ import torchvision
 from torch import nn
 from medprivacy.core import ConfigError, UnsupportedUnderDP
 from medprivacy.dp.clip import check_model, clipped_batch, clipped_gradient, sample_losses
-from medprivacy.objectives.focal import MaskedBCE, MultilabelFocalLoss
 from medprivacy.models.resnet import make_private_ready, resnet9
+from medprivacy.objectives.focal import FocalLoss, MaskedBCE, MultilabelFocalLoss
 
 def by_loop(model, loss_func, x, y, c):
     "The definition, one sample at a time"
@@ -97,12 +97,12 @@ def branching(p, y):
 
 @pytest.mark.parametrize('loss', [nn.CrossEntropyLoss(weight=torch.tensor([1., 9., 2.])), nn.CrossEntropyLoss(label_smoothing=.1), branching,
                                   nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1., 4., 2.])), nn.BCEWithLogitsLoss(), MaskedBCE(), MaskedBCE([1., 4., 2.]),
-                                  MultilabelFocalLoss(2.)], ids=['weighted', 'smoothed', 'branching', 'positive weights', 'labels', 'known labels',
-                                  'known labels, positive weights', 'focal'])
+                                  MultilabelFocalLoss(2.), FocalLoss(2., [1., 2., 3.])], ids=['weighted', 'smoothed', 'branching', 'positive weights', 'labels', 'known labels',
+                                  'known labels, positive weights', 'focal of labels', 'focal of classes'])
 def test_losses_of_images_equal_one_call_for_each(loss):
     torch.manual_seed(0)
     pred = torch.randn(6, 3, requires_grad=True)
-    y    = torch.tensor([0, 1, 2, 2, 1, 0]) if isinstance(loss, nn.CrossEntropyLoss) else torch.rand(6, 3)-.5*(torch.arange(6) % 2)[:, None]
+    y    = torch.tensor([0, 1, 2, 2, 1, 0]) if isinstance(loss, (nn.CrossEntropyLoss, FocalLoss)) else torch.rand(6, 3)-.5*(torch.arange(6) % 2)[:, None]
     want = torch.stack([loss(pred[i:i+1], y[i:i+1]) for i in range(6)])
     got  = sample_losses(loss, pred, (y,))
     torch.testing.assert_close(got, want)
@@ -110,11 +110,13 @@ def test_losses_of_images_equal_one_call_for_each(loss):
 
 def test_losses_that_stand_alone_are_asked_once_and_others_image_by_image(monkeypatch):
     calls = []
-    for kind in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, MaskedBCE):
+    for kind in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, MaskedBCE, FocalLoss, MultilabelFocalLoss):
         monkeypatch.setattr(kind, 'forward', lambda self,*a,f=kind.forward: calls.append(len(a[0])) or f(self, *a))
     pred, classes, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), torch.rand(4, 3)
-    for loss,y in ((nn.CrossEntropyLoss(), classes), (nn.BCEWithLogitsLoss(), labels), (MaskedBCE(), labels)): sample_losses(loss, pred, (y,))
-    assert not calls
+    for loss,y in ((nn.CrossEntropyLoss(), classes), (nn.BCEWithLogitsLoss(), labels), (MaskedBCE(), labels), (FocalLoss(2.), classes), (MultilabelFocalLoss(), labels)):
+        sample_losses(loss, pred, (y,))
+        assert calls==[4] and loss.reduction=='mean'
+        calls.clear()
     for loss,y in ((nn.CrossEntropyLoss(torch.ones(3)), classes), (nn.CrossEntropyLoss(ignore_index=2), classes), (nn.CrossEntropyLoss(), torch.full((4, 3), 1/3)),
                    (nn.CrossEntropyLoss(reduction='sum'), classes), (nn.BCEWithLogitsLoss(torch.ones(3)), labels), (MaskedBCE(reduction='sum'), labels)):
         sample_losses(loss, pred, (y,))
