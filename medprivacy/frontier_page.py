@@ -68,6 +68,7 @@ def draw_frontier(
     if most_loss is not None and len(raw) and raw.iloc[0]-most_loss > ax.get_xlim()[0]:
         ax.axvline(raw.iloc[0]-most_loss, color='#666666', lw=1, ls=':', zorder=1)
     ax.set_ylim(min(.47, table.leakage_lo.min()-.02), max(1.02, table.leakage_hi.max()+.02))
+    ax.locator_params(axis='x', nbins=5)
     ax.grid(True); legend_above(ax, 5)
     ax.set_ylabel(fold(ax, f'leakage of {attribute},\nstrongest attacker (0.5\xa0=\xa0chance)', .9))
     more = '' if most_loss is None else f'\ndotted: {most_loss:g} below raw images'
