@@ -60,6 +60,7 @@ def test_no_patient_in_the_tables(demo):
     path, _ = demo
     ids = pd.read_csv(path/'phantoms'/'labels.csv', dtype=str)[['patient_id', 'image_id']].stack().unique()
     for name, b in content(path).items():
+        b = re.sub(rb'base64,[A-Za-z0-9+/=]+', b'', b)                 # pictures hold any four letters by chance
         if not name.startswith(('predictions/', 'phantoms/')): assert not [i for i in ids if i.encode() in b], name
 
 

@@ -204,7 +204,9 @@ class PrivateStep:
         out  = clip_step(cb, learn.model, learn.loss_func, learn.xb, learn.yb, check=not cb._checked)
         loss = mean_loss(out.losses)   # Of all ranks
         if n: cb._checked = True; _show(cb, out, loss)
-        else: learn.loss = loss        # Images of other ranks
+        else:
+            learn.loss = loss          # Images of other ranks
+            if not hasattr(learn, 'smooth_loss'): learn.smooth_loss = loss    # Recorder passes over empty batches
         learn._with_events(lambda: _set_grads(cb, out.grads), 'backward', CancelBackwardException)
         learn._with_events(learn._step, 'step', CancelStepException)
         learn.opt.zero_grad()

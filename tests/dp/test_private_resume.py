@@ -93,7 +93,7 @@ def truth():
 KINDS = ['ledger write', 'checkpoint write', 'time', 'before fsync', 'checkpoint rename', 'after fsync', 'time', 'checkpoint there']
 for i in range(kills+1):
     kind = KINDS[i%len(KINDS)] if i < kills else None
-    n, delay = draw.randint(2, 9), draw.uniform(.02, .6)
+    n, delay = draw.randint(2, 9), draw.uniform(.02, .2)
     pid = os.fork()
     if pid == 0:
         sys.stdout = open(os.devnull, 'w')
