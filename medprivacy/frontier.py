@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINED', 'STRENGTHS', 'Point', 'frontier_plan', 'point_mechanism', 'image_quality', 'Effort', 'run_point',
-           'run_frontier', 'frontier_table', 'matched_table', 'compare_leakage', 'group_table']
+           'run_frontier', 'frontier_table', 'shared_seeds', 'matched_table', 'compare_leakage', 'group_table']
 
 # %% ../nbs/63_frontier.ipynb #4ed73092
 import json
@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from .attack import attack_part, mean_change
@@ -27,10 +26,9 @@ from .fairness import by_group
 from .fits import changed
 from .leakage import panel_of, strongest_of
 from .mechanisms import MECHANISMS, make_mechanism
-from .models.resnet import create_classifier
 from .obfuscate import train_obfuscator
 from .panel import attack_panel
-from .probe import ProbeLoss, probe_predictions, train_probe
+from .probe import kept_probe, probe_predictions, train_probe
 from .resample import interval
 
 # %% ../nbs/63_frontier.ipynb #20a11366
@@ -102,27 +100,17 @@ def image_quality(
                 ssim=float(structural_similarity_index_measure(y, x, data_range=1.)))
 
 # %% ../nbs/63_frontier.ipynb #a3a978cf
-def _classifier(records, seed, file, kw):
-    "The disease classifier on raw images of the attackers' patients; stored once for each seed"
-    probe = train_probe(attack_part(records), seed=seed, name='raw', **kw) if not file.exists() else None
-    if probe is not None:
-        atomic_write(file, save({k: v.contiguous().cpu() for k,v in probe.model.state_dict().items()}))
-        return probe.model, probe.loss, probe.preds
-    dls   = records_dls(attack_part(records), size=kw['size'], bs=kw['bs'], device=kw['device'])
-    model = create_classifier('small_resnet', len(records.labels), dls.train.dataset.x.shape[-3])
-    model.load_state_dict(load_file(file))
-    loss  = ProbeLoss('binary')
-    return model.to(dls.device), loss, probe_predictions(model.to(dls.device), dls, loss, records.labels, 'raw')
-
 def _disease(records, point, mechanism, folder, kw):
     "Predictions of the retrained classifier, and of the one that was trained on raw images and stays"
-    model, loss, raw = _classifier(records, point.seed, folder/f'classifier-{point.seed}.safetensors', kw)
-    if mechanism is None: return raw
-    seed_everything(point.seed)
     part = attack_part(records, mechanism)
+    raw  = kept_probe(folder/f'classifier-{point.seed}.safetensors', part, seed=point.seed, name='raw', **kw)
+    if mechanism is None and raw.preds is not None: return raw.preds
+    seed_everything(point.seed)
     dls  = records_dls(part, size=kw['size'], bs=kw['bs'], mechanism=mechanism, draws=kw['draws'], device=kw['device'])
+    told = lambda name: probe_predictions(raw.model, dls, raw.loss, records.labels, name)
+    if mechanism is None: return told('raw')
     new  = train_probe(part, seed=point.seed, name='retrained', dls=dls, **kw)
-    return concat_predictions([new.preds, probe_predictions(model, dls, loss, records.labels, 'fixed')])
+    return concat_predictions([new.preds, told('fixed')])
 
 def _findings(records, attribute):
     "The labels that are to stay readable; one that is hidden is none of them"
@@ -169,7 +157,7 @@ def run_point(
     kw = dict(size=effort.size, bs=effort.bs, device=effort.device)
     mechanism = point_mechanism(records, attribute, point, epochs=effort.game_epochs, **kw)
     told = attack_panel(records, attribute, mechanism, networks=effort.networks, epochs=effort.attack_epochs,
-                        draws=effort.draws, seed=point.seed, **kw)
+                        draws=effort.draws, seed=point.seed, flip_file=folder/f'attacker-{point.seed}.safetensors', **kw)
     kept = _disease(_findings(records, attribute), point, mechanism, folder,
                     dict(kw, epochs=effort.utility_epochs, draws=effort.draws))
     save_predictions(told, folder/f'{point.name}-attack.parquet')
@@ -249,11 +237,13 @@ def frontier_table(
     run:Run,                # With a table of points
     *,
     split:str='test',       # Rows that are judged; strengths are chosen on 'valid'
+    seeds:tuple=None,       # Those that count; None: all there are
     n_boot:int=1000,        # Resamples of patients
     level:float=.95,        # Coverage
 ) -> pd.DataFrame:          # mechanism, strength, seeds, leakage, retrained, fixed, loss (each with _lo, _hi), best, …
     "Leakage and utility of every mechanism and strength, over seeds"
     points = pd.read_csv(run.path/'tables'/'points.csv')
+    if seeds is not None: points = points[points.seed.isin(seeds)]
     raw, rows = {}, []
     for (name, strength), d in points.groupby(['mechanism', 'strength'], sort=False):
         one = [_of_point(run, Point(name, float(strength), int(k)), split, n_boot, raw, level) for k in d.seed]
@@ -269,6 +259,13 @@ def frontier_table(
     return pd.DataFrame(rows)
 
 # %% ../nbs/63_frontier.ipynb #b433ef7e
+def shared_seeds(
+    run:Run,      # With a table of points
+) -> list:        # Numbers
+    "Seeds that every mechanism and strength has: strengths are chosen by these, since more seeds are run for the best alone"
+    p = pd.read_csv(run.path/'tables'/'points.csv')
+    return sorted(set.intersection(*p.groupby(['mechanism', 'strength']).seed.agg(set)))
+
 def matched_table(
     run:Run,                   # With a table of points
     most_loss:float=.03,       # AUROC that a mechanism may cost, on validation patients
@@ -276,7 +273,7 @@ def matched_table(
     n_boot:int=1000,           # Resamples of patients
 ) -> pd.DataFrame:             # As `frontier_table`: raw, then the chosen strength of each mechanism, least leak first
     "Compare mechanisms at equal utility"
-    v = frontier_table(run, split='valid', n_boot=2)
+    v = frontier_table(run, split='valid', seeds=shared_seeds(run), n_boot=2)
     v = v[(v.loss <= most_loss) & (v.mechanism != 'raw')].sort_values('leakage')
     chosen = v.drop_duplicates('mechanism')[['mechanism', 'strength']]
     test = frontier_table(run, n_boot=n_boot)

@@ -20,7 +20,8 @@ from .data.cohort import split_hash
 from .data.core import Predictions, Records, concat_predictions, load_predictions, save_predictions
 from .evaluate import auroc, auroc_ci, bootstrap_auroc
 from .fits import changed
-from .frontier import Effort, compare_leakage, frontier_table, group_table, matched_table, run_frontier
+from .frontier import (Effort, compare_leakage, frontier_table, group_table, matched_table, run_frontier,
+                                 shared_seeds)
 from .frontier_page import write_frontier_page
 from .inputs import known_sizes, unit_of
 from .leakage import panel_of
@@ -100,7 +101,7 @@ def rank_mechanisms(
     most_loss:float=.03,      # AUROC that a mechanism may cost, on validation patients
 ) -> pd.DataFrame:            # mechanism, strength, cheap, leakage, loss; best first
     "Order mechanisms by what they hide at equal utility, on validation patients"
-    v = frontier_table(run, split='valid', n_boot=2)
+    v = frontier_table(run, split='valid', seeds=shared_seeds(run), n_boot=2)
     v = v[v.mechanism != 'raw'].assign(cheap=lambda t: t.loss <= most_loss)
     v = v.assign(key=np.where(v.cheap, v.leakage, v.loss)).sort_values(['cheap', 'key'], ascending=[False, True])
     return v.drop_duplicates('mechanism')[['mechanism', 'strength', 'cheap', 'leakage', 'loss']].reset_index(drop=True)
@@ -113,17 +114,17 @@ def run_sweep(
     sweep:Sweep,             # What is compared
     effort:Effort,           # Of every point
     seconds:dict=None,       # Mechanism → seconds of a point, as reckoned for the plan
-) -> pd.DataFrame:           # Of `rank_mechanisms`, from all seeds
+) -> pd.DataFrame:           # Of `rank_mechanisms`
     "Train, attack and use all mechanisms, then the best ones again with further seeds, then the controls"
     sub = sweep_of(run)
     run_frontier(sub, records, attribute, sweep.plan(), effort, seconds)
     rank = rank_mechanisms(sub, sweep.most_loss)
     if sweep.more_seeds:
-        other = rank.mechanism[rank.mechanism != 'published'][:sweep.best].tolist()
-        more  = (*other, *(m for m in sweep.mechanisms if m == 'published'))
-        print(f'further seeds {", ".join(map(str, sweep.more_seeds))} for {", ".join(more)}', flush=True)
+        best = pd.concat([rank[rank.mechanism != 'published'][:sweep.best], rank[rank.mechanism == 'published']])
+        more = tuple(zip(best.mechanism, best.strength))
+        print(f'further seeds {", ".join(map(str, sweep.more_seeds))} for '
+              f'{", ".join(f"{m} {s:g}" for m,s in more)}', flush=True)
         run_frontier(sub, records, attribute, sweep.plan(more), effort, seconds)
-        rank = rank_mechanisms(sub, sweep.most_loss)
     shuffled_control(sub, records, attribute, effort)
     return rank
 

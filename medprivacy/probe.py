@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ProbeLoss', 'mean_auroc', 'KeepBestCallback', 'scores_of_model', 'Probe', 'probe_learner', 'learning_curve',
-           'train_probe', 'probe_predictions']
+           'train_probe', 'probe_predictions', 'kept_probe']
 
 # %% ../nbs/23_probe.ipynb #10707875
 from contextlib import nullcontext
@@ -23,10 +23,12 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import AccumMetric
 from fastai.optimizer import Adam
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from .core import ConfigError, seed_everything
+from .core import CheckpointError, ConfigError, atomic_write, pick_device, seed_everything
 from .data.core import Predictions, Records, make_predictions
 from .data.load import RecordsDL, records_dls
 from .models.resnet import create_classifier
@@ -104,7 +106,7 @@ def scores_of_model(
 class Probe:
     "A trained network and what it scored"
     model: nn.Module                           # With the weights of its best epoch
-    preds: Predictions                         # Of validation and test patients
+    preds: Predictions                         # Of validation and test patients; None where it was read from a file
     loss: ProbeLoss = field(repr=False)        # With the activation of its target
 
 # %% ../nbs/23_probe.ipynb #2b9f5c0e
@@ -208,3 +210,31 @@ def probe_predictions(
         parts.append(make_predictions(dl.dataset.records, y, scores_of_model(model, dl, loss), labels, model=name,
                                       run=run, task=task))
     return Predictions(pd.concat([p.df for p in parts], ignore_index=True), labels, task)
+
+# %% ../nbs/23_probe.ipynb #bff00079
+def _read_probe(file, what, device):
+    "The network in a file; None where it is another one than `what` says"
+    try:
+        with safe_open(file, 'pt') as f: told, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e: raise CheckpointError(f'{file} is damaged ({e}); delete it: it is trained anew') from e
+    if {k: told.get(k) for k in what} != what: return None
+    model = create_classifier(told['arch'], int(told['outputs']), int(told['channels']))
+    model.load_state_dict(state)
+    return Probe(model.to(pick_device(device)), None, ProbeLoss(told['kind']))
+
+def kept_probe(
+    file:Path,                 # Weights: read where the file is there, trained and written where it is not
+    records:Records,           # As in `train_probe`
+    target:str|tuple='labels', # Likewise
+    arch:str='small_resnet',   # Likewise
+    **kwargs                   # Further arguments of `train_probe`
+) -> Probe:                    # Without predictions where it was read
+    "Train a network once; that data and settings are those of the file is for the caller to see to"
+    kind, labels = _kind(records, target)
+    what = dict(arch=arch, kind=kind, labels=' '.join(labels))
+    if file.exists() and (old := _read_probe(file, what, kwargs.get('device'))): return old
+    probe = train_probe(records, target, arch, **kwargs)
+    stem  = next(p for p in probe.model.parameters() if p.ndim == 4)
+    what |= dict(outputs=str(_n_out(records, kind, labels)), channels=str(stem.shape[1]))
+    atomic_write(file, save({k: v.contiguous().cpu() for k,v in probe.model.state_dict().items()}, what))
+    return probe

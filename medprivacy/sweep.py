@@ -43,11 +43,12 @@ class Sweep:
     best: int = 3                                     # How many are the best
     most_loss: float = .03                            # AUROC of the findings that a mechanism may cost, on validation
     def plan(self,
-        chosen:tuple=(),      # Mechanisms that get further seeds
+        chosen:tuple=(),      # (mechanism, strength) that get further seeds
     ) -> list:                # Of `Point`s
         "List the points"
-        more = {m: self.more_seeds for m in chosen} if self.more_seeds else None
-        return frontier_plan(self.mechanisms, self.strengths, seeds=self.seeds, more_seeds=more)
+        more = [('raw', 0.), *chosen] if chosen else []
+        return frontier_plan(self.mechanisms, self.strengths, seeds=self.seeds) + [
+            Point(m, float(s), k) for m,s in more for k in self.more_seeds]
 
 # %% ../nbs/69a_sweep.ipynb #07bc3f4d
 def _check_strength(name, s):
@@ -202,7 +203,7 @@ def measure_point(
     *,
     images:int=256,        # Training images that are used
 ) -> dict:                 # Name → seconds of one point
-    "Reckon what a point of each mechanism takes on this machine with these images"
+    "Reckon what a point of each mechanism takes on this machine; the attacker that all points of a seed share is left out"
     few = _piece(records, attribute, images)
     kw, all_, one = dict(size=effort.size, bs=effort.bs, device=effort.device), attack_part(records), attack_part(few)
     size  = lambda r, part='attack', **k: max(1, len(r.select(part=part, **k)))
@@ -211,7 +212,7 @@ def measure_point(
         return pair[0]*epochs*share + pair[1]*size(records, part)/size(few, part)
     def judged(m):
         panel = _two(lambda e: attack_panel(few, attribute, m, networks=effort.networks, epochs=e, draws=effort.draws,
-                                            **kw))
+                                            flip=False, **kw))
         use   = _two(lambda e: train_probe(one, mechanism=m, draws=effort.draws, epochs=e, **kw))
         return grow(panel, effort.attack_epochs) + grow(use, effort.utility_epochs)
     out = {'raw': judged(None)} if 'raw' in mechanisms else {}
@@ -220,7 +221,7 @@ def measure_point(
         made = lambda e: point_mechanism(few, attribute, Point(m, STRENGTHS[m][0]), epochs=e, **kw)
         each = round(1/TRAINED.get(m, {}).get('share', 1.))     # so that half an epoch is one
         game = grow(_two(made, each=each), effort.game_epochs, 'defence') if m in TRAINED else 0.
-        seen = 3*effort.draws*len(all_) + effort.attack_epochs*size(records,
+        seen = 2*effort.draws*len(all_) + effort.attack_epochs*size(records,
                                                                     split='train')    # an inverter sees each epoch
         out[m] = plain + game + seen*_release_seconds(made(1), few, effort)
     return {m: out[m] for m in mechanisms}
@@ -274,11 +275,11 @@ def plan_table(
         ps = [p for p in first if p.mechanism == m]
         row('1', m, ' '.join(f'{s:g}' for s in dict.fromkeys(p.strength for p in ps)), sweep.seeds, ps)
     if sweep.more_seeds:
-        cost = {m: seconds[m]*len(sweep.strengths.get(m, STRENGTHS[m])) for m in sweep.mechanisms if m != 'published'}
-        dear = sorted(cost, key=cost.get, reverse=True)[:sweep.best]
+        dear = sorted((m for m in sweep.mechanisms if m != 'published'), key=seconds.get, reverse=True)[:sweep.best]
         name = f'best {len(dear)}' + ' and published'*('published' in sweep.mechanisms)
-        more = sweep.plan((*dear, *(m for m in sweep.mechanisms if m == 'published')))
-        row('2', name, 'all', sweep.more_seeds, [p for p in more if p not in first])
+        last = [p for p in first if p.mechanism in (*dear, 'published')]
+        more = sweep.plan(tuple({p.mechanism: p.strength for p in last}.items()))
+        row('2', name, 'chosen', sweep.more_seeds, [p for p in more if p not in first])
     row('3', 'controls', '', sweep.seeds[:1], [Point('raw', 0., -1)] if 'shuffled-0' not in done else [])
     return pd.DataFrame(rows)
 

@@ -104,8 +104,7 @@ def test_plan_says_how_long_and_how_to_shorten(table, tmp_path, cheap, monkeypat
     monkeypatch.setattr(sweep_module, 'measure_point', lambda r, a, names, e, **k: {m: 900. for m in names})
     medprivacy_frontier(out=str(tmp_path/'r'), plan=True, **args(table, mechanisms=None, strengths=None, more_seeds='1,2'))
     said = capsys.readouterr().out
-    n = sum(map(len, STRENGTHS.values())); most = sorted(map(len, STRENGTHS.values()))[-3:]
-    points = 1 + n + 2 + 2*(sum(most) + len(STRENGTHS['published'])) + 1
+    points = 1 + sum(map(len, STRENGTHS.values())) + 2*(1 + 3 + 1) + 1     # further seeds: raw, the best three, the published game
     assert f'{points} points, 0 of them stored; about {points/4:.1f} hours' in said and 'warning: that is more than 6 hours' in said
     for o in ('--more_seeds none', '--mechanisms', '--strengths', '--size', '--effort small'): assert o in said.split('warning')[1]
     assert not (tmp_path/'r').exists() and all(m in said for m in STRENGTHS)
@@ -128,6 +127,7 @@ def test_the_published_game_always_gets_further_seeds(tmp_path, monkeypatch):
     sweep = Sweep(('noise', 'published', 'flow', 'blur'), best=2)
     frontier_run.run_sweep(open_run(tmp_path/'r', {'a': 1}), None, 'sweep', sweep, CHEAP)
     assert {p.seed for p in ran[0]} == {0} and {p.mechanism for p in ran[1] if p.seed} == {'raw', 'blur', 'flow', 'published'}
+    assert {p.strength for p in ran[1] if p.seed and p.mechanism != 'raw'} == {1.} and len(ran[1]) == len(ran[0]) + 8      # the chosen strength alone
     plan = plan_table(open_run(tmp_path/'r'), sweep, dict.fromkeys(('raw', *sweep.mechanisms), 60.))
     assert plan.points.sum() == len(ran[1]) + 1 and f'{len(ran[1])+1} minutes' in plan_text(plan)
 

@@ -8,7 +8,7 @@ from medprivacy.data.load import records_dls
 from medprivacy.data.phantom import make_phantom
 from medprivacy.data.split import split_patients
 from medprivacy.leakage import leakage_table
-from medprivacy.panel import Inverter, attack_effort, camera_control, feature_attack, image_features
+from medprivacy.panel import Inverter, attack_effort, camera_control, feature_attack, image_features, led_back
 
 def phantoms(root, **strength):
     recs = make_phantom(root, 'cxr', n_patients=240, size=32, seed=2, strength=strength)
@@ -76,3 +76,29 @@ def test_the_shuffled_control_is_the_same_for_every_attacker():
     told = attack_panel(recs, 'sex', GaussianNoise(.1), networks=('small_resnet',), shuffle=True, size=32, draws=1, epochs=1, bs=16, device='cpu').df
     y = told.pivot(index='image_id', columns='model', values='y_sex')
     assert y.shape[1] == 5 and y.notna().all(axis=None) and (y.nunique(axis=1) == 1).all()
+
+def test_the_attacker_of_raw_images_is_trained_once_and_answers_the_same(tmp_path, monkeypatch):
+    from medprivacy import panel, probe
+    from medprivacy.data.phantom import tiny_records
+    recs, trained, real = tiny_records(n=40, size=32, attack=.6, seed=2), [], probe.train_probe
+    def count(*a, **k): trained.append(k.get('name')); return real(*a, **k)
+    for m in (panel, probe): monkeypatch.setattr(m, 'train_probe', count)
+    def told(mechanism, file):
+        df = panel.attack_panel(recs, 'sex', mechanism, networks=('small_resnet',), features=(), undo=False, flip_file=file, size=32, draws=2, epochs=1, bs=16, device='cpu').df
+        return df[df.model == 'raw-trained'].score_sex.tolist()
+    f = tmp_path/'a.safetensors'; noise, dark = GaussianNoise(.1), lambda x, cond=None, generator=None: x/2
+    alone = told(noise, None), told(dark, None)
+    assert trained == ['raw-trained']*2 and (told(noise, f), told(dark, f)) == alone and trained == ['raw-trained']*3
+    assert alone[0] != alone[1]
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_what_is_led_back_are_the_releases_of_the_others(channels):
+    from medprivacy.data.phantom import tiny_records
+    recs = tiny_records(n=24, size=32, modality='cxr' if channels == 1 else 'fundus')
+    shown = records_dls(recs, 'sex', 32, 8, mechanism=GaussianNoise(.2), draws=3, device='cpu')
+    net = Inverter(channels).eval(); back = led_back(shown, net)
+    for a, b in zip(shown.loaders, back.loaders):
+        x, y = a.dataset.store, b.dataset.store
+        slow = torch.stack([net(x[i,k][None].float()/255)[0].detach() for i in range(len(x)) for k in range(3)])
+        assert y.dtype == torch.uint8 and ((y.flatten(0, 1).float()/255 - slow).abs() <= .5/255 + 1e-6).all()
+        assert torch.equal(a.dataset.ys[0], b.dataset.ys[0]) and (a.bs, a.shuffle, a.drop_last, a.draw) == (b.bs, b.shuffle, b.drop_last, b.draw)
