@@ -157,7 +157,8 @@ def run_point(
     kw = dict(size=effort.size, bs=effort.bs, device=effort.device)
     mechanism = point_mechanism(records, attribute, point, epochs=effort.game_epochs, **kw)
     told = attack_panel(records, attribute, mechanism, networks=effort.networks, epochs=effort.attack_epochs,
-                        draws=effort.draws, seed=point.seed, flip_file=folder/f'attacker-{point.seed}.safetensors', **kw)
+                        draws=effort.draws, seed=point.seed,
+                        flip_file=folder/f'attacker-{point.seed}.safetensors', **kw)
     kept = _disease(_findings(records, attribute), point, mechanism, folder,
                     dict(kw, epochs=effort.utility_epochs, draws=effort.draws))
     save_predictions(told, folder/f'{point.name}-attack.parquet')
@@ -262,7 +263,7 @@ def frontier_table(
 def shared_seeds(
     run:Run,      # With a table of points
 ) -> list:        # Numbers
-    "Seeds that every mechanism and strength has: strengths are chosen by these, since more seeds are run for the best alone"
+    "Seeds that all points have: strengths are chosen by these, since the best alone get more"
     p = pd.read_csv(run.path/'tables'/'points.csv')
     return sorted(set.intersection(*p.groupby(['mechanism', 'strength']).seed.agg(set)))
 

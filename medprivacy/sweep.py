@@ -203,7 +203,7 @@ def measure_point(
     *,
     images:int=256,        # Training images that are used
 ) -> dict:                 # Name → seconds of one point
-    "Reckon what a point of each mechanism takes on this machine; the attacker that all points of a seed share is left out"
+    "Reckon what a point of each mechanism takes on this machine, but for the attacker that all of a seed share"
     few = _piece(records, attribute, images)
     kw, all_, one = dict(size=effort.size, bs=effort.bs, device=effort.device), attack_part(records), attack_part(few)
     size  = lambda r, part='attack', **k: max(1, len(r.select(part=part, **k)))
