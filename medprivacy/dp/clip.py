@@ -209,7 +209,7 @@ def _piece(model, *args):
     "`ClippedBatch` of one physical batch, after which nothing of its graph is left"
     s = _Samples({p: k for k,p in model.named_parameters() if p.requires_grad}, len(args[2][0]))
     try: return _piece_of(s, model, *args)
-    finally: s.tape.close()
+    finally: s.tape.close(); s.kept.clear(); s.each.clear()
 
 def _piece_of(s, model, loss_func, xb, yb, max_grad_norm, clipping, views, check):
     n = s.n

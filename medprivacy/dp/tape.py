@@ -144,7 +144,7 @@ class Tape(TorchFunctionMode):
         for u in self.uses:
             u.hook.remove()
             u.edge = u.input = u.make = u.module = None
-        self.uses.clear(); self.still.clear()
+        self.uses.clear(); self.still.clear(); self.collect = None
 
 # %% ../../nbs/39a_dp.tape.ipynb #c3121413
 def _tensors(args, kwargs):
