@@ -29,6 +29,7 @@ from torch import nn
 from .attack import attack_attribute, attack_part, shuffle_attribute
 from .core import ConfigError, DataError, seed_everything
 from .data.core import Predictions, Records, concat_predictions, make_predictions
+from .data.draws import release_draws
 from .data.load import RecordsDataset, RecordsDL, median_age, records_dls, target_values
 from .probe import kept_probe, probe_predictions, train_probe
 
@@ -164,15 +165,6 @@ def train_inverter(
     return Undone(mechanism, learn.model.cpu())
 
 # %% ../nbs/31a_panel.ipynb #dc3d7ebf
-def _rows_led_back(x, net, device):
-    "uint8 (n,draws,C,H,W) of releases, as files are, through a network"
-    out = torch.empty_like(x)
-    with torch.no_grad():
-        for k in range(x.shape[1]):
-            for i in torch.arange(len(x)).split(256):
-                out[i,k] = net(x[i,k].to(device).float()/255).mul(255).round().to('cpu', torch.uint8)
-    return out
-
 def led_back(
     dls:DataLoaders,       # Of `records_dls`, of released images
     net:nn.Module,         # Of `train_inverter`; gives (B,C,H,W) in [0,1]
@@ -181,7 +173,9 @@ def led_back(
     net = net.to(dls.device).eval()
     def loader(dl):
         ds, train = dl.dataset, dl is dls.train
-        new = RecordsDataset(_rows_led_back(ds.store, net, dls.device), ds.ys, ds.records)
+        x    = ds.store.flatten(0, 1)
+        back = release_draws(x, lambda v,cond: net(v), torch.zeros(len(x)), device=dls.device)
+        new  = RecordsDataset(back.view_as(ds.store), ds.ys, ds.records)
         return RecordsDL(new, bs=dl.bs, shuffle=train, drop_last=dl.drop_last, draw=dl.draw, device=dls.device)
     out = DataLoaders(*map(loader, dls.loaders), device=dls.device)
     out.test, out.targets, out.median_age = out.loaders[2], dls.targets, dls.median_age
