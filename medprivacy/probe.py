@@ -44,12 +44,17 @@ class ProbeLoss(nn.Module):
         kind:str,    # 'binary', 'class' or 'age'
     ): super().__init__(); self.kind, self.bce, self.ce = kind, MaskedBCE(), FocalLoss()
     def forward(self, pred, y):
-        if self.kind == 'age':   return self._age(pred[:,0], y.view(-1))
-        return self.ce(pred, y.view(-1)) if self.kind == 'class' else self.bce(pred, y.float().view(len(y), -1))
-    def _age(self, pred, y):
-        known = ~y.isnan()
-        loss  = F.smooth_l1_loss(pred, (torch.where(known, y, _AGE_CENTRE) - _AGE_CENTRE)/_AGE_SCALE, reduction='none')
-        return torch.where(known, loss, 0.).sum() / known.sum().clamp_min(1)
+        if self.kind == 'age':   return self.years(pred, y).sum() / (~y.isnan()).sum().clamp_min(1)
+        loss, y = self.of(y)
+        return loss(pred, y)
+    def of(self, y):
+        "Loss of labels or classes, and its targets"
+        return (self.ce, y.view(-1)) if self.kind == 'class' else (self.bce, y.float().view(len(y), -1))
+    def years(self, pred, y):
+        "Loss of the age of each image (B,); 0 where it is unknown"
+        known = ~(y := y.view(-1)).isnan()
+        want  = (torch.where(known, y, _AGE_CENTRE) - _AGE_CENTRE)/_AGE_SCALE
+        return torch.where(known, F.smooth_l1_loss(pred[:,0], want, reduction='none'), 0.)
     def activation(self, pred):
         if self.kind == 'age':   return pred*_AGE_SCALE + _AGE_CENTRE
         return pred.softmax(1) if self.kind == 'class' else pred.sigmoid()

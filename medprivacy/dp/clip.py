@@ -17,6 +17,7 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from ..core import ConfigError, UnsupportedUnderDP
 from ..objectives.focal import FocalLoss, MaskedBCE, MultilabelFocalLoss
+from ..probe import ProbeLoss
 from .layers import instantiate, measure, sq_norms, weighted
 from .tape import NeedsFunctional, Tape, functional_grads, unseen_uses, watch_module
 
@@ -154,7 +155,13 @@ def _of_labels(loss, pred, y):
 
 def _of_known(loss, pred, y): return _with(loss, 'row')(pred, y) if loss.reduction=='mean' else None
 
-_ROWS = {nn.CrossEntropyLoss: _of_classes, nn.BCEWithLogitsLoss: _of_labels} | dict.fromkeys(
+def _of_probe(loss, pred, y):
+    if loss.kind == 'age': return loss.years(pred, y)
+    inner, y = loss.of(y)
+    rows = _ROWS.get(type(inner))
+    return rows(inner, pred, y) if rows else None
+
+_ROWS = {nn.CrossEntropyLoss: _of_classes, nn.BCEWithLogitsLoss: _of_labels, ProbeLoss: _of_probe} | dict.fromkeys(
     (MaskedBCE, FocalLoss, MultilabelFocalLoss), _of_known)
 
 # %% ../../nbs/40a_dp.clip.ipynb #f884f3ad

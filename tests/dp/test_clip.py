@@ -8,6 +8,7 @@ from medprivacy.core import ConfigError, UnsupportedUnderDP
 from medprivacy.dp.clip import check_model, clipped_batch, clipped_gradient, sample_losses
 from medprivacy.models.resnet import make_private_ready, resnet9
 from medprivacy.objectives.focal import FocalLoss, MaskedBCE, MultilabelFocalLoss
+from medprivacy.probe import ProbeLoss
 
 def by_loop(model, loss_func, x, y, c):
     "The definition, one sample at a time"
@@ -122,6 +123,25 @@ def test_losses_that_stand_alone_are_asked_once_and_others_image_by_image(monkey
         sample_losses(loss, pred, (y,))
         assert calls==[1]*4
         calls.clear()
+
+@pytest.mark.parametrize('kind', ['binary', 'class', 'age'])
+def test_the_loss_of_a_probe_is_asked_once(kind, monkeypatch):
+    torch.manual_seed(0)
+    pred, nan = torch.randn(5, 3, requires_grad=True), float('nan')
+    y = {'binary': torch.tensor([[1., nan, 0.], [nan]*3, [0., 1., 1.], [nan, 1., -1.], [.3, 0., 1.]]),
+         'class': torch.tensor([2., nan, 0., 1., -1.]), 'age': torch.tensor([30., nan, 91., 50., 64.])}[kind]
+    loss, calls = ProbeLoss(kind), []
+    want = torch.stack([loss(pred[i:i+1], y[i:i+1]) for i in range(5)])
+    monkeypatch.setattr(ProbeLoss, 'forward', lambda *a: calls.append(a))
+    got  = sample_losses(loss, pred, (y,))
+    assert not calls and got[1]==0
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(o.square().sum(), pred)[0] for o in (got, want)))
+
+def test_a_probe_whose_loss_was_exchanged_is_asked_image_by_image():
+    loss, pred, y = ProbeLoss('binary'), torch.randn(4, 3), torch.rand(4, 3)
+    loss.bce = nn.L1Loss()
+    torch.testing.assert_close(sample_losses(loss, pred, (y,)), (pred-y).abs().mean(1))
 
 def test_known_labels_of_one_image_count_for_that_image_alone():
     pred, y = torch.randn(5, 3, requires_grad=True), torch.tensor([[1., float('nan'), 0.], [-1., -1., -1.], [0., 1., 1.], [float('nan'), 1., -1.], [.3, 0., 1.]])
