@@ -136,8 +136,8 @@ def worse_than_raw(
     bad = table[(table.mechanism != 'raw') & (table.leakage_lo > raw)]
     if not len(bad): return []
     told = '; '.join(f'{r["mechanism"]} {r["strength"]:g}, {_say(r, "leakage")}' for r in bad.to_dict('records'))
-    return [Finding('warning', f'Some releases tell more of {attribute} than raw images do ({told}): the mechanism '
-                               'writes it into the image. Release nothing that it made.')]
+    return [Finding('warning', f'Some releases tell more of {attribute} than raw images do ({told}): they may '
+                               'have it written into them. Release none of these.')]
 
 # %% ../nbs/63a_frontier_page.ipynb #424c1329
 def sweep_controls(
